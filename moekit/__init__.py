@@ -1,0 +1,49 @@
+"""moekit: FLAN-MoE in JAX. Sharded Mixture-of-Experts layers, FLAN mixtures, routing analysis.
+
+Dimension letters everywhere: B batch, L length (T target length where both occur), D d_model,
+F d_ff, E experts, K choices per token, C capacity, G groups, S tokens in a group, N heads, H head
+dimension, V vocabulary. Names are imported when first used, so `import moekit` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "analysis.balance": "balance_table",
+    "analysis.figures": "plot_expert_load plot_domain_specialization plot_token_specialization "
+    "plot_task_specialization plot_coactivation plot_learning_curves plot_scores save_figure",
+    "analysis.specialization": "domain_specialization task_specialization token_specialization",
+    "analysis.trace": "RouterTrace trace_routing text_prompts",
+    "checkpoint": "load save",
+    "config": "PRESETS ModelConfig TrainConfig preset",
+    "data.corruption": "Corpus Document restore span_corruption",
+    "data.flan": "Mixture flan_mixture",
+    "data.pipeline": "Batch batches pad_prompts unigram_entropy",
+    "data.sources": "corpus",
+    "data.suites": "Suite suite",
+    "data.tasks": "Example Prompt Task Template format_prompt",
+    "data.tokenizer": "ByteTokenizer SentencePieceTokenizer load_tokenizer train_sentencepiece",
+    "evaluate": "Scores compare evaluate evaluation_callback",
+    "generate": "generate",
+    "metrics": "Metrics",
+    "model.transformer": "EncoderDecoder auxiliary_losses",
+    "moe.layer": "LayerStats MoE TokenRouting",
+    "moe.routing": "ExpertChoice GShard Hash LossFree Random Routing Switch TopK assign",
+    "sharding": "make_mesh",
+    "train": "Run train",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'moekit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moekit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,121 @@
+"""T5 attention: relative position bias, packing-correct masks, a KV cache.
+
+B batch, L query length, M key length, D d_model, N heads, H head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moekit.sharding import param
+
+MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
+
+
+def relative_bucket(
+    distance: Int[np.ndarray, "*shape"] | Int[Array, "*shape"],
+    *,
+    bidirectional: bool,
+    buckets: int = 32,
+    max_distance: int = 128,
+) -> Int[Array, "*shape"]:
+    """T5's bucket of `key position - query position` (Raffel 2020).
+
+    Half of the buckets hold exact distances, the other half grow logarithmically up to
+    `max_distance`; the encoder spends half of each on either direction.
+    """
+    distance = jnp.asarray(distance)
+    offset = 0
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    scale = (buckets - exact) / np.log(max_distance / exact)
+    log = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    far = jnp.minimum(exact + (log * scale).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+class RelativeBias(nnx.Module):
+    """One bias per bucket and head, shared by all layers of a stack."""
+
+    def __init__(
+        self, num_heads: int, *, bidirectional: bool, buckets: int, max_distance: int, rngs
+    ):
+        shape, axes = (buckets, num_heads), (None, "heads")
+        self.bias_bn = param(rngs, shape, axes, fan_in=num_heads)
+        self.bidirectional, self.buckets = bidirectional, buckets
+        self.max_distance = max_distance
+
+    def __call__(self, queries: Int[Array, "L"], keys: Int[Array, "M"]) -> Float[Array, "1 N L M"]:
+        """Indices may stand for positions: packed examples are contiguous, so inside one example
+        their differences are the same, and attention across examples is masked."""
+        bucket = relative_bucket(
+            keys[None, :] - queries[:, None],
+            bidirectional=self.bidirectional,
+            buckets=self.buckets,
+            max_distance=self.max_distance,
+        )
+        return self.bias_bn[...][bucket].transpose(2, 0, 1)[None]
+
+
+def segment_mask(
+    queries: Int[Array, "B L"], keys: Int[Array, "B M"], *, causal: bool = False
+) -> Bool[Array, "B 1 L M"]:
+    """True where query and key lie in the same example; segment 0 is padding."""
+    same = (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+    if causal:
+        same &= jnp.tril(jnp.ones((queries.shape[1], keys.shape[1]), bool))
+    return same[:, None]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention without biases; logits are not scaled (the query init is)."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, *, dtype, stack=(), rngs):
+        layers = ("layers",) * len(stack)
+        inner, axes = (*stack, d_model, num_heads, head_dim), (*layers, "embed", "heads", None)
+        self.wq_dnh = param(rngs, inner, axes, fan_in=d_model * head_dim)
+        self.wk_dnh = param(rngs, inner, axes, fan_in=d_model)
+        self.wv_dnh = param(rngs, inner, axes, fan_in=d_model)
+        self.wo_nhd = param(
+            rngs,
+            (*stack, num_heads, head_dim, d_model),
+            (*layers, "heads", None, "embed"),
+            fan_in=num_heads * head_dim,
+        )
+        self.dtype = dtype
+
+    def keys_values(
+        self, x: Float[Array, "B M D"]
+    ) -> tuple[Float[Array, "B M N H"], Float[Array, "B M N H"]]:
+        return self._project(x, self.wk_dnh), self._project(x, self.wv_dnh)
+
+    def _project(self, x, w):
+        return jnp.einsum("bld,dnh->blnh", x.astype(self.dtype), w[...].astype(self.dtype))
+
+    def attend(
+        self,
+        x: Float[Array, "B L D"],
+        keys: Float[Array, "B M N H"],
+        values: Float[Array, "B M N H"],
+        mask: Bool[Array, "#B 1 #L M"],
+        bias: Float[Array, "1 N L M"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Attend to projected keys and values; softmax in float32."""
+        q = self._project(x, self.wq_dnh)
+        logits = jnp.einsum("blnh,bmnh->bnlm", q, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)
+        mixed = jnp.einsum("bnlm,bmnh->blnh", weights, values)
+        return jnp.einsum("blnh,nhd->bld", mixed, self.wo_nhd[...].astype(self.dtype))
+
+    def __call__(self, x, memory, mask, bias=None) -> Float[Array, "B L D"]:
+        """Attend from x to memory (x itself in self-attention)."""
+        return self.attend(x, *self.keys_values(memory), mask, bias)

@@ -1,0 +1,119 @@
+"""Devices in a mesh, and where each parameter lives on it.
+
+Parameters carry logical axis names ("embed", "expert", ..); `Sharding` says which mesh axes split
+them. Only this module knows both. Mesh axes: data, expert, model.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "expert", "model")
+BATCH = PartitionSpec(("data", "expert"))  # tokens are split over both
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Mesh axes for each logical axis of a parameter; dense ones are fully sharded."""
+
+    expert: tuple[str, ...] = ("expert",)
+    mlp: tuple[str, ...] = ("model",)
+    heads: tuple[str, ...] = ("model",)
+    vocab: tuple[str, ...] = ("model",)
+    embed: tuple[str, ...] = ("data", "expert")
+    layers: tuple[str, ...] = ()
+
+    def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh):
+        """PartitionSpec of an array: every mesh axis at most once, only where it divides."""
+        used: set[str] = set()
+        entries: list[tuple[str, ...] | None] = [None] * len(shape)
+        # "embed" goes last: it takes whichever mesh axes the others left
+        for i in sorted(range(len(shape)), key=lambda i: axes[i] == "embed"):
+            wanted = getattr(self, axes[i]) if axes[i] else ()
+            names = tuple(n for n in wanted if n not in used and mesh.shape[n] > 1)
+            if names and shape[i] % math.prod(mesh.shape[n] for n in names) == 0:
+                entries[i] = names
+                used.update(names)
+        return PartitionSpec(*entries)
+
+
+def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Mesh:
+    """A mesh of all devices with axes data, expert and model; leftover devices go to data.
+
+    On a machine with only a CPU whose backend has not started yet, as many virtual CPU devices are
+    made as the mesh asks for, so that sharded code runs, slowly, anywhere.
+
+    Raises:
+      ValueError: the sizes do not divide the device count.
+    """
+    for name, size in (("data", data), ("expert", expert), ("model", model)):
+        if size is not None and size < 1:
+            raise ValueError(f"make_mesh({name}={size}): mesh axes have at least one device")
+    wanted = (data or 1) * expert * model
+    _virtual_cpu_devices(wanted)
+    devices = jax.device_count()
+    leftover, rest = divmod(devices, expert * model)
+    if rest or (data or leftover) * expert * model != devices:
+        fits = [n for n in range(1, devices + 1) if devices % n == 0]
+        raise ValueError(
+            f"a mesh of data={data or 'rest'}, expert={expert}, model={model} does not fill "
+            f"{devices} {jax.default_backend()} device(s): choose sizes whose product divides "
+            f"{devices} ({', '.join(map(str, fits))}); on a CPU call make_mesh before any other "
+            f"use of jax, or start with JAX_NUM_CPU_DEVICES={wanted}"
+        )
+    return jax.make_mesh((leftover, expert, model), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _virtual_cpu_devices(count: int) -> None:
+    """Ask for `count` CPU devices while that is still possible and nobody has asked otherwise."""
+    if count == 1 or jax.config.jax_num_cpu_devices > 1:
+        return
+    # once the backend has started it is too late: the caller then reports the devices there are
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def check_experts(num_experts: int, mesh: Mesh, what: str) -> None:
+    """ValueError if the expert axis does not divide the experts."""
+    axis = mesh.shape["expert"]
+    if num_experts and num_experts % axis:
+        fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        raise ValueError(
+            f"{what} has {num_experts} experts, which expert={axis} devices cannot share evenly: "
+            f"use make_mesh(expert=n) with n in {fits}, or num_experts a multiple of {axis}"
+        )
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    fan_in: int | None = None,
+    stddev: float | None = None,
+    value: float | None = None,
+) -> nnx.Param:
+    """A float32 parameter with logical axes, born sharded where a mesh is set.
+
+    Truncated normal of variance 0.1 / fan_in (Fedus 2021), or normal of `stddev`, or constant.
+    """
+
+    def create(key):
+        if value is not None:
+            return jnp.full(shape, value)
+        if stddev is not None:
+            return stddev * jax.random.normal(key, shape)
+        # .87962566 is the standard deviation of a unit normal cut at 2
+        std = math.sqrt(0.1 / fan_in) / 0.87962566103423978
+        return std * jax.random.truncated_normal(key, -2, 2, shape)
+
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        sharding = NamedSharding(mesh, Sharding().spec(shape, axes, mesh))
+        create = jax.jit(create, out_shardings=sharding)
+    return nnx.Param(create(rngs.params()), axes=axes)
