@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from moekit.errors import unknown
 from moekit.moe import routing
@@ -20,6 +20,8 @@ from moekit.moe.routing import ExpertChoice, GShard, Router, Switch, TopK
 
 DTYPES = ("float32", "bfloat16")
 FREEZABLE = ("router", "experts", "moe")
+OPTIMIZERS = ("adafactor", "adamw")
+SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
 
 
 class Parameters(NamedTuple):
@@ -43,7 +45,7 @@ class ModelConfig:
     encoder_layers: int
     decoder_layers: int
     vocab_size: int = 32_128
-    activation: Literal["gated_gelu", "relu"] = "gated_gelu"
+    activation: str = "gated_gelu"
     tied_logits: bool = False
     dropout: float = 0.0
     expert_dropout: float = 0.0
@@ -66,7 +68,7 @@ class ModelConfig:
     allow_future_leak: bool = False  # opt-in to routers that see later tokens in the decoder
     max_length: int = 2048  # longest input the model is asked to read, in tokens
     tokenizer: str | None = None  # "byte" or the path of a SentencePiece model
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"
 
     def __post_init__(self):
         for field in ("router", "decoder_router"):
@@ -251,9 +253,9 @@ class TrainConfig:
     batch_tokens: int = 16_384
     input_length: int = 512
     target_length: int = 128
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    optimizer: str = "adafactor"
     learning_rate: float = 1e-3
-    schedule: Literal["constant", "rsqrt", "cosine", "linear"] = "constant"
+    schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip_norm: float | None = None
@@ -286,8 +288,8 @@ class TrainConfig:
                 f"{self.target_length}; raise it or shorten the lengths"
             )
         for field, choices in (
-            ("optimizer", ("adafactor", "adamw")),
-            ("schedule", ("constant", "rsqrt", "cosine", "linear")),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
         ):
             if getattr(self, field) not in choices:
                 raise unknown(field, getattr(self, field), choices)

@@ -1,9 +1,9 @@
 """The encoder-decoder: T5 v1.1 blocks, some with MoE layers, scanned in repeating units.
 
 B batch, L input length, T target length, D d_model, F d_ff, E experts, K choices per token,
-N heads, H head dimension, V vocabulary. A stack of layers repeats a unit of `layers / sparse layers`
-layers (one when dense) whose last one is sparse; every parameter of a unit carries a leading axis
-over the repeats, and `jax.lax.scan` runs over it, so compile time does not grow with depth.
+N heads, H head dimension, V vocabulary. A stack repeats a unit of `layers / sparse layers` layers
+(one when dense) whose last one is sparse; every parameter of a unit carries a leading axis over the
+repeats, and `jax.lax.scan` runs over it, so compile time does not grow with depth.
 """
 
 import contextlib

@@ -34,7 +34,7 @@ def slots_per_expert(
 
 def capacity_table(
     group_tokens: int, num_experts: int, capacity_factor: float, *, choices: int, minimum: int
-) -> Int[np.ndarray, "S+1"]:
+) -> Int[np.ndarray, "counts"]:
     """Slots in use for 0, 1, .. S real tokens, so that padding changes no capacity."""
     return np.array(
         [

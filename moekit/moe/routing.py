@@ -13,7 +13,7 @@ Writing one is picking experts and weights and letting `assign` queue them::
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, no_type_check
+from typing import ClassVar, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.errors import unknown
 
-Priority = Literal["token", "choice", "batch"]
+PRIORITIES = ("token", "choice", "batch")
 
 
 @no_type_check  # a pytree: tree.map and vmap rebuild it around leaves of any shape
@@ -43,6 +43,7 @@ class Routing:
     balance_choices: int = field(metadata={"static": True})  # choices the balance loss counts
 
 
+@runtime_checkable
 class Router(Protocol):
     """What the layer asks of a router; a plain function with `**_` will do.
 
@@ -83,7 +84,7 @@ def top_k(scores: Float[Array, "S E"], k: int) -> tuple[Int[Array, "S K"], Bool[
     return jnp.stack(indices, 1), jnp.stack(onehots, 1)
 
 
-def _queue_order(priority: Priority, confidence: Float[Array, "S"], k: int) -> Int[Array, "SK"]:
+def _queue_order(priority: str, confidence: Float[Array, "S"], k: int) -> Int[Array, "SK"]:
     """The choices `s * K + k` in the order in which experts serve them."""
     s = confidence.shape[0]
     tokens = jnp.argsort(-confidence) if priority == "batch" else jnp.arange(s)
@@ -99,7 +100,7 @@ def assign(
     *,
     capacity: int,
     limit: Int[Array, ""] | None = None,
-    priority: Priority = "token",
+    priority: str = "token",
     balance_choices: int | None = None,
 ) -> Routing:
     """Queue chosen experts' tokens into slots; what comes after `limit` is dropped.
@@ -147,7 +148,7 @@ class TopK:
 
     k: int = 2
     normalise: bool = False
-    priority: Priority = "token"
+    priority: str = "token"
     balanced_by_bias: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -187,7 +188,7 @@ class GShard:
 
     threshold: float = 0.2
     normalise: bool = True
-    priority: Priority = "choice"
+    priority: str = "choice"
     num_choices: ClassVar[int] = 2
     balanced_by_bias: ClassVar[bool] = False
 
@@ -258,7 +259,7 @@ class LossFree:
 
     k: int = 1
     rate: float = 1e-3
-    priority: Priority = "token"
+    priority: str = "token"
     balanced_by_bias: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -319,8 +320,8 @@ def _fixed(index, logits, mask, capacity, limit) -> Routing:
 
 
 def _check_priority(router) -> None:
-    if router.priority not in ("token", "choice", "batch"):
-        raise unknown("priority", router.priority, ("token", "choice", "batch"))
+    if router.priority not in PRIORITIES:
+        raise unknown("priority", router.priority, PRIORITIES)
 
 
 def _check_k(router) -> None:

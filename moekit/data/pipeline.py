@@ -1,0 +1,167 @@
+"""From examples to batches of fixed shape: tokenize, pack, batch, resume (grain).
+
+B batch, L input length, T target length. A source is anything with
+`token_pairs(tokenizer, *, input_length, target_length, seed, split, shuffle, repeat)`: a `Corpus` or
+a `Mixture`. Batch i is a function of seed, i and the source.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from moekit.data.tasks import Prompt
+from moekit.data.tokenizer import EOS, Tokenizer
+
+
+@no_type_check  # a pytree: tree.map rebuilds it around leaves of any shape
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Packed examples. Segment 0 is padding; positions restart with every example."""
+
+    inputs: Int[np.ndarray, "B L"]
+    input_segments: Int[np.ndarray, "B L"]
+    input_positions: Int[np.ndarray, "B L"]
+    targets: Int[np.ndarray, "B T"]
+    target_segments: Int[np.ndarray, "B T"]
+    target_positions: Int[np.ndarray, "B T"]
+    loss_weights: Float[np.ndarray, "B T"]  # 1 on real target tokens, else 0
+
+
+def batches(
+    source: Any,
+    tokenizer: Tokenizer,
+    *,
+    input_length: int,
+    target_length: int,
+    batch_size: int,
+    seed: int,
+    split: str = "train",
+    shuffle: bool = True,
+    repeat: bool = True,
+    shard: tuple[int, int] = (0, 1),
+):
+    """A grain iterator of packed `Batch`es with get_state() and set_state() for exact resume.
+
+    `shard` (i, n) takes every n-th example from i. Without `repeat` it ends after one pass, the
+    last batch filled up with padding.
+    """
+    import grain
+
+    pairs = source.token_pairs(
+        tokenizer,
+        input_length=input_length,
+        target_length=target_length,
+        seed=seed,
+        split=split,
+        shuffle=shuffle,
+        repeat=repeat,
+    )
+    with warnings.catch_warnings():
+        # grain warns that an infinite dataset cannot be sliced evenly; ours needs no even ends
+        warnings.simplefilter("ignore")
+        pairs = pairs[shard[0] :: shard[1]] if shard[1] > 1 else pairs
+    packed = grain.experimental.FirstFitPackIterDataset(
+        pairs.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)),
+        length_struct={"inputs": input_length, "targets": target_length},
+        num_packing_bins=max(2 * batch_size, 16),
+        seed=seed,
+        shuffle_bins=shuffle,
+    )
+    grouped = packed.batch(batch_size, batch_fn=lambda rows: _stack(rows, batch_size))
+    return iter(grouped)
+
+
+def _stack(rows: Sequence[dict], batch_size: int) -> Batch:
+    """Packed rows as a Batch, filled up with empty rows."""
+
+    def field(name: str) -> np.ndarray:
+        stacked = np.stack([row[name] for row in rows]).astype(np.int32)
+        return np.pad(stacked, ((0, batch_size - len(rows)), (0, 0)))
+
+    segments = field("targets_segment_ids")
+    return Batch(
+        inputs=field("inputs"),
+        input_segments=field("inputs_segment_ids"),
+        input_positions=field("inputs_positions"),
+        targets=field("targets"),
+        target_segments=segments,
+        target_positions=field("targets_positions"),
+        loss_weights=(segments > 0).astype(np.float32),
+    )
+
+
+def tokenize_prompt(
+    prompt: Prompt, tokenizer: Tokenizer, *, input_length: int, target_length: int
+) -> dict[str, Int[np.ndarray, "length"]]:
+    """Ids of a prompt. What does not fit is cut: inputs from the left, for the question stands
+    last; targets from the right. Both end with end of sequence."""
+    inputs = tokenizer.encode(prompt.input)[-(input_length - 1) :]
+    targets = tokenizer.encode(prompt.target)[: target_length - 1]
+    return {
+        "inputs": np.array([*inputs, EOS], np.int32),
+        "targets": np.array([*targets, EOS], np.int32),
+    }
+
+
+def pad_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, *, input_length: int, target_length: int
+) -> Batch:
+    """One prompt a row, for evaluation and tracing.
+
+    Raises:
+      ValueError: a prompt is longer than input_length or a target longer than target_length.
+    """
+    ids = {"inputs": [], "targets": []}
+    for prompt in prompts:
+        for name, text, limit in (
+            ("inputs", prompt.input, input_length),
+            ("targets", prompt.target, target_length),
+        ):
+            tokens = [*tokenizer.encode(text), EOS]
+            if len(tokens) > limit:
+                raise ValueError(
+                    f"{name} of {prompt.task or 'prompt'} {prompt.id!r} are {len(tokens)} tokens "
+                    f"long, more than the {limit} allowed: shorten the text or raise the length"
+                )
+            ids[name].append(tokens)
+    inputs, input_segments, input_positions = _rectangle(ids["inputs"], input_length)
+    targets, target_segments, target_positions = _rectangle(ids["targets"], target_length)
+    weights = target_segments.astype(np.float32)
+    return Batch(
+        inputs,
+        input_segments,
+        input_positions,
+        targets,
+        target_segments,
+        target_positions,
+        weights,
+    )
+
+
+def _rectangle(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
+    ids = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    lengths = np.array([len(row) for row in rows])[:, None]
+    segments = (np.arange(length) < lengths).astype(np.int32)
+    return ids, segments, np.arange(length, dtype=np.int32) * segments
+
+
+def unigram_entropy(stream: Iterable[Batch], vocab_size: int) -> float:
+    """Entropy of the target tokens' own unigram distribution, nats a token.
+
+    The loss of the best model that ignores inputs and context: what learning must beat.
+    """
+    counts = np.zeros(vocab_size)
+    for batch in stream:
+        counts += np.bincount(
+            batch.targets[batch.loss_weights > 0].reshape(-1), minlength=vocab_size
+        )
+    probs = counts[counts > 0] / counts.sum()
+    return float(-(probs * np.log(probs)).sum())

@@ -1,0 +1,207 @@
+"""Tasks as FLAN makes them: examples, ten templates, options, exemplars, rationales, inversion."""
+
+import hashlib
+import random
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from moekit.errors import unknown
+
+METRICS = ("accuracy", "exact_match", "rouge_l")
+LETTERS = string.ascii_uppercase
+# How options may be shown; where each is lettered, the letter is the answer (FLAN v2).
+OPTION_STYLES: tuple[tuple[str, str, bool], ...] = (
+    ("\nOptions:\n", "- {text}", False),
+    ("\nChoose from:\n", "* {text}", False),
+    ("\nPossible answers:\n", "{text}", False),
+    ("\nOPTIONS:\n", "({letter}) {text}", True),
+    ("\nPick one:\n", "{letter}. {text}", True),
+)
+COT_CUES = (
+    "Let's think step by step.",
+    "Give the reasoning before the answer.",
+    "Reason first, then answer.",
+    "Explain how you get there, then answer.",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One object of a task. `references` are further accepted answers beside `answer`."""
+
+    id: str
+    fields: Mapping[str, str]
+    answer: str
+    references: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    rationale: str = ""
+    domain: str = ""
+
+    def __post_init__(self):
+        if self.options and self.answer not in self.options:
+            raise ValueError(f"example {self.id}: answer {self.answer!r} is not an option")
+        if not self.answer.strip():
+            raise ValueError(f"example {self.id}: the answer is empty")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Instruction and target with {field} places; {answer} is always there."""
+
+    prompt: str
+    target: str = "{answer}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of examples with its wordings.
+
+    Args:
+      load: examples of a split ("train", "valid" or "test"), called once per split.
+      templates: ten wordings of the instruction.
+      inverted: wordings that show the answer and ask for the question.
+      metric: "accuracy" for tasks with options, else "exact_match" or "rouge_l".
+      held_out: kept out of every training mixture.
+    """
+
+    name: str
+    cluster: str
+    load: Callable[[str], Sequence[Example]] = field(repr=False)
+    templates: tuple[Template, ...] = field(repr=False)
+    inverted: tuple[Template, ...] = field(default=(), repr=False)
+    metric: str = "accuracy"
+    held_out: bool = False
+    size: int | None = None  # training examples, where known without loading them
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise unknown("metric", self.metric, METRICS)
+        if not self.templates:
+            raise ValueError(f"task {self.name} has no templates")
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split, kept after the first call."""
+        return _examples(self, split)
+
+    @property
+    def train_size(self) -> int:
+        return self.size if self.size is not None else len(self.examples("train"))
+
+
+@lru_cache(maxsize=4096)
+def _examples(task: Task, split: str) -> Sequence[Example]:
+    return tuple(task.load(split))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as text: what the model reads and what it should say."""
+
+    input: str
+    target: str
+    references: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # as the model should say them
+    task: str = ""
+    cluster: str = ""
+    domain: str = ""
+    id: str = ""
+    shots: int = 0
+
+
+def stable_random(*parts: object) -> random.Random:
+    """A random generator that depends on nothing but the parts, in every process."""
+    key = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return random.Random(int.from_bytes(key[:8], "big"))
+
+
+def format_prompt(
+    task: Task,
+    example: Example,
+    *,
+    template: int = 0,
+    shots: Sequence[Example] = (),
+    options: bool = True,
+    chain_of_thought: bool = False,
+    inverted: bool = False,
+    style: int = 0,
+) -> Prompt:
+    """An example in FLAN's anatomy.
+
+    Args:
+      template: which wording (modulo their number); `style` which way to show options.
+      shots: solved exemplars, shown first in the same wording.
+      options: list the example's options after the question.
+      chain_of_thought: the target is "<rationale> The answer is <answer>.".
+      inverted: the answer is given and the question asked for.
+
+    Raises:
+      ValueError: the template names a field that the example does not have, the example has no
+        rationale, or the task no inverted templates.
+    """
+    wordings = task.inverted if inverted else task.templates
+    if not wordings:
+        raise ValueError(f"task {task.name} has no inverted templates")
+    wording = wordings[template % len(wordings)]
+    kind = {"options": options, "cot": chain_of_thought, "inverted": inverted, "style": style}
+    parts = []
+    for shot in shots:
+        text, target, _ = _render(task, wording, shot, template, **kind)
+        parts.append(f"{text}\n{target}\n\n")
+    text, target, said = _render(task, wording, example, template, **kind)
+    lettered = said and said[0] not in example.options
+    answers = (target,) if lettered or chain_of_thought or inverted else ()
+    references = answers or (target, *(r for r in example.references if r != target))
+    if chain_of_thought:
+        references = (example.answer, *example.references)
+    return Prompt(
+        input="".join([*parts, text]),
+        target=target,
+        references=references,
+        options=() if chain_of_thought or inverted else said or example.options,
+        task=task.name,
+        cluster=task.cluster,
+        domain=example.domain,
+        id=example.id,
+        shots=len(shots),
+    )
+
+
+def _render(task, wording, example, template, *, options, cot, inverted, style):
+    """Input, target, and the options as the model should say them (if they are shown)."""
+    values = {**example.fields, "answer": example.answer}
+    try:
+        text, target = wording.prompt.format(**values), wording.target.format(**values)
+    except KeyError as error:
+        raise ValueError(
+            f"task {task.name}, example {example.id}: template {wording.prompt!r} needs the field "
+            f"{error.args[0]!r}; the example has {sorted(values)}"
+        ) from None
+    if inverted:
+        return text, target, ()
+    said: tuple[str, ...] = ()
+    if options and example.options:
+        header, line, lettered = OPTION_STYLES[style % len(OPTION_STYLES)]
+        letters = LETTERS[: len(example.options)]
+        shown = [
+            line.format(letter=letter, text=option)
+            for letter, option in zip(letters, example.options, strict=True)
+        ]
+        text += header + "\n".join(shown)
+        said = tuple(f"({each})" for each in letters) if lettered else example.options
+        if lettered:
+            target = said[example.options.index(example.answer)]
+    if cot:
+        if not example.rationale:
+            raise ValueError(f"task {task.name}, example {example.id} has no rationale")
+        text += "\n" + COT_CUES[template % len(COT_CUES)]
+        target = f"{example.rationale} The answer is {example.answer}."
+    return text, target, said
+
+
+def extract_answer(text: str) -> str:
+    """What follows the last "answer is" of a chain of thought, or the whole text."""
+    found = re.findall(r"answer is:?\s*(.+?)\s*(?:\.\s|\.?$)", text, flags=re.I | re.S)
+    return found[-1] if found else text.strip()

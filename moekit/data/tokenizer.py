@@ -1,0 +1,173 @@
+"""Text to token ids and back: bytes, or a SentencePiece model with T5's special ids.
+
+Both share T5's conventions: padding 0, end of sequence 1, unknown 2, and 100 sentinels for span
+corruption above the vocabulary, `<extra_id_0>` the highest. Vocabulary sizes are multiples of 128.
+"""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PAD, EOS, UNK = 0, 1, 2
+NUM_SENTINELS = 100
+
+
+class Tokenizer:
+    """What every tokenizer offers; `pieces` is the number of ids below the sentinels."""
+
+    pieces: int
+    pad_id, eos_id, unk_id, num_sentinels = PAD, EOS, UNK, NUM_SENTINELS
+
+    @property
+    def vocab_size(self) -> int:
+        return -(-(self.pieces + NUM_SENTINELS) // 128) * 128
+
+    def sentinel(self, i: int) -> int:
+        """The id of `<extra_id_i>`."""
+        if not 0 <= i < NUM_SENTINELS:
+            raise ValueError(f"sentinel {i} does not exist: there are {NUM_SENTINELS}")
+        return self.pieces + NUM_SENTINELS - 1 - i
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without end of sequence."""
+        raise NotImplementedError
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; padding and end of sequence vanish, sentinels read `<extra_id_i>`."""
+        parts, run = [], []
+        for i in map(int, ids):
+            if i < self.pieces:
+                if i > EOS:
+                    run.append(i)
+                continue
+            parts.append(self._decode_pieces(run))
+            run = []
+            if i < self.pieces + NUM_SENTINELS:
+                parts.append(f"<extra_id_{self.pieces + NUM_SENTINELS - 1 - i}>")
+        return "".join([*parts, self._decode_pieces(run)])
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name what the ids mean."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 3 to 258 (ByT5, Xue 2022): nothing to train, nothing unknown."""
+
+    pieces = 259
+
+    def encode(self, text: str) -> list[int]:
+        return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        return bytes(i - 3 for i in ids if i > UNK).decode(errors="replace")
+
+    def digest(self) -> str:
+        return "byte"
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model: one trained by `train_sentencepiece`, or T5's own spiece.model.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a SentencePiece model, or its special ids are not T5's.
+    """
+
+    def __init__(self, path: str | Path):
+        import sentencepiece
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at {path}: give the path of a .model")
+        model = path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model") from None
+        ids = tuple(getattr(self._processor, f"{name}_id")() for name in ("pad", "eos", "unk"))
+        if ids != (PAD, EOS, UNK):
+            raise ValueError(f"{path} has pad, eos, unk = {ids}; T5's ids are {(PAD, EOS, UNK)}")
+        self.path, self.pieces = path, self._processor.GetPieceSize()
+        self._digest = hashlib.sha256(model).hexdigest()[:12]
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        return self._processor.DecodeIds(ids) if ids else ""
+
+    def digest(self) -> str:
+        return self._digest
+
+
+def train_sentencepiece(
+    texts: Iterable[str], path: str | Path, vocab_size: int = 8192
+) -> SentencePieceTokenizer:
+    """Train a unigram model with T5's special ids and byte fallback, write it to `path`.
+
+    Args:
+      texts: documents; read once.
+      vocab_size: all ids, the 100 sentinels included; a multiple of 128.
+    """
+    import sentencepiece
+
+    if vocab_size % 128 or vocab_size <= 512:
+        raise ValueError(f"vocab_size is {vocab_size}; use a multiple of 128 above 512")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    lines = (line for text in texts for line in re.split(r"\n+", text) if line.strip())
+    try:
+        with partial.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(lines),
+                model_writer=file,
+                model_type="unigram",
+                vocab_size=vocab_size - NUM_SENTINELS,
+                byte_fallback=True,
+                pad_id=PAD,
+                eos_id=EOS,
+                unk_id=UNK,
+                bos_id=-1,
+                input_sentence_size=200_000,
+                shuffle_input_sentence=False,
+                max_sentence_length=16_384,
+                num_threads=os.cpu_count() or 1,
+                minloglevel=2,
+            )
+        os.replace(partial, path)
+    except RuntimeError as error:
+        raise ValueError(
+            f"could not train {vocab_size} pieces: {str(error).splitlines()[-1]}; "
+            "give more text or a smaller vocab_size"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return SentencePieceTokenizer(path)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(spec: str) -> Tokenizer:
+    return ByteTokenizer() if spec == "byte" else SentencePieceTokenizer(spec)
+
+
+def load_tokenizer(spec: str | Path | Tokenizer | None) -> Tokenizer:
+    """The tokenizer that a configuration names: "byte" or the path of a SentencePiece model."""
+    if spec is None:
+        raise ValueError(
+            "this model names no tokenizer: use cfg.replace(tokenizer='byte') or the path of a "
+            "SentencePiece model (mk.train_sentencepiece makes one; T5's is spiece.model)"
+        )
+    return spec if isinstance(spec, Tokenizer) else _load(str(spec))

@@ -1,0 +1,396 @@
+"""The training loop: step, log, progress, evaluation, checkpoints, guards.
+
+B batch, T target length, V vocabulary.
+"""
+
+import functools
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from moekit.checkpoint import Checkpoints, differing, restore_model, to_json
+from moekit.config import TrainConfig
+from moekit.data.pipeline import Batch, batches
+from moekit.data.tokenizer import Tokenizer, load_tokenizer
+from moekit.metrics import Metrics
+from moekit.model.transformer import EncoderDecoder, auxiliary_losses
+from moekit.moe.layer import LayerStats, update_router_bias
+from moekit.optim import make_optimizer, schedule
+from moekit.sharding import BATCH
+
+EVAL_BATCHES = 16  # of a validation loss
+Callback = Callable[[int, EncoderDecoder], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training leaves: the model (the one given, now trained), its log, where it is kept."""
+
+    model: EncoderDecoder
+    metrics: Metrics
+    config: TrainConfig
+    workdir: Path | None
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite."""
+
+
+def token_losses(
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    label_smoothing: float = 0.0,
+) -> dict[str, Float[Array, ""]]:
+    """Sums over real targets: cross-entropy (smoothed and not), log(Z)^2, hits, count; nats."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    cross_entropy = log_z - chosen
+    smoothed = log_z - logits.mean(-1)
+    objective = (1 - label_smoothing) * cross_entropy + label_smoothing * smoothed
+    return {
+        "objective": jnp.sum(weights * objective),
+        "cross_entropy": jnp.sum(weights * cross_entropy),
+        "z": jnp.sum(weights * log_z**2),
+        "hits": jnp.sum(weights * (logits.argmax(-1) == targets)),
+        "count": jnp.sum(weights),
+    }
+
+
+def _loss(params, rest, graphdef, batch: Batch, key, config: TrainConfig):
+    """The training objective and what is reported of it."""
+    model = nnx.merge(graphdef, params, rest)
+    out = model(batch, key=key)
+    sums = token_losses(out.logits, batch.targets, batch.loss_weights, config.label_smoothing)
+    count = jnp.maximum(sums["count"], 1)
+    auxiliary = auxiliary_losses(model.cfg, out.stats)
+    z_loss = config.z_loss * sums["z"] / count
+    total = sums["objective"] / count + z_loss + auxiliary["balance"] + auxiliary["router_z"]
+    report = {
+        "loss": sums["cross_entropy"] / count,
+        "accuracy": sums["hits"] / count,
+        "z_loss": z_loss,
+        **auxiliary,
+        **_router_report(out.stats),
+    }
+    return total, (report, out.stats)
+
+
+def _router_report(stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
+    """Balance of each stack, as the mean over its MoE layers."""
+    report = {}
+    for stack, s in stats.items():
+        mean = s.load.mean(-1)
+        share = s.load / jnp.maximum(s.load.sum(-1, keepdims=True), 1)
+        entropy = -jax.scipy.special.xlogy(share, share).sum(-1)
+        report |= {
+            f"{stack}_max_violation": jnp.mean(s.load.max(-1) / jnp.maximum(mean, 1e-9) - 1),
+            f"{stack}_dropped": jnp.mean(s.dropped_tokens / jnp.maximum(s.tokens, 1)),
+            f"{stack}_load_entropy": entropy.mean(),
+        }
+    return report
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_step(graphdef, treedef, config: TrainConfig):
+    """One update, jitted; kept so that a second run of the same shape does not compile again."""
+
+    def step(params, rest, opt_state, batch, key):
+        optimizer = make_optimizer(config, params)
+        grads, (report, stats) = jax.grad(_loss, has_aux=True)(
+            params, rest, graphdef, batch, key, config
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        report["grad_norm"] = optax.tree.norm(grads)
+        if stats:
+            rest = update_router_bias(rest, stats)
+        return optax.apply_updates(params, updates), rest, opt_state, report
+
+    return jax.jit(step, donate_argnums=(0, 1, 2))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_eval(graphdef):
+    def sums(state, batch):
+        out = nnx.merge(graphdef, state)(batch)
+        return token_losses(out.logits, batch.targets, batch.loss_weights)
+
+    return jax.jit(sums)
+
+
+def evaluate_loss(model: EncoderDecoder, stream: Sequence[Batch]) -> dict[str, float]:
+    """Cross-entropy (nats a target token) and next-token accuracy: ratios of sums."""
+    graphdef, state = nnx.split(model)
+    step, total = _compiled_eval(graphdef), None
+    for batch in stream:
+        sums = step(state, _placed(batch, model))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    count = float(total["count"])
+    loss, hits = float(total["cross_entropy"]), float(total["hits"])
+    return {"valid_loss": loss / count, "valid_accuracy": hits / count}
+
+
+def _placed(batch: Batch, model: EncoderDecoder) -> Batch:
+    if model.mesh is None:
+        return batch
+    return jax.device_put(batch, NamedSharding(model.mesh, BATCH))
+
+
+class _Trainer:
+    """The state of a run between steps."""
+
+    def __init__(self, model, source, config, tokenizer, workdir):
+        self.model, self.config, self.source = model, config, source
+        lengths = {"input_length": config.input_length, "target_length": config.target_length}
+        self.lengths = lengths | {"batch_size": config.batch_size}
+        self.tokenizer = tokenizer
+        self.stream = batches(source, tokenizer, seed=config.seed, **self.lengths)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        # copies: the compiled step reuses its arguments' memory, the caller keeps the model
+        self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
+        self.opt_state = jax.jit(make_optimizer(config, params).init)(self.params)
+        timeless = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1)
+        self.step = _compiled_step(graphdef, jax.tree.structure(params), timeless)
+        self.schedule, self.done = schedule(config), 0
+        self.workdir = Path(workdir) if workdir else None
+        self.checkpoints = None
+        self.metrics = Metrics(self.workdir / "metrics.jsonl" if self.workdir else None)
+        self.pending: list[tuple[int, dict]] = []
+        self.key = jax.random.key(config.seed)
+
+    def advance(self) -> None:
+        batch = _placed(next(self.stream), self.model)
+        key = jax.random.fold_in(self.key, self.done)
+        self.params, self.rest, self.opt_state, report = self.step(
+            self.params, self.rest, self.opt_state, batch, key
+        )
+        self.pending.append((int(batch.loss_weights.size + batch.inputs.size), report))
+        self.done += 1
+
+    def flush(self, seconds: float) -> dict:
+        """Log the mean of the steps since the last time; the only wait for the device."""
+        reports = jax.device_get([report for _, report in self.pending])
+        row = {key: float(np.mean([r[key] for r in reports])) for key in reports[0]}
+        tokens = sum(count for count, _ in self.pending)
+        self.pending = []
+        if not np.isfinite(row["loss"]):
+            raise NonFiniteLoss(
+                f"loss is {row['loss']} at step {self.done} (learning rate "
+                f"{self.rate():.3g}): lower learning_rate, set clip_norm=1.0 or raise warmup_steps"
+                + ("; the last checkpoint is kept" if self.checkpoints else "")
+            )
+        row |= {
+            "step": self.done,
+            "learning_rate": self.rate(),
+            "tokens": self.done * self.config.batch_size * (
+                self.config.input_length + self.config.target_length
+            ),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+        }
+        self.metrics.add(row)
+        return row
+
+    def rate(self) -> float:
+        return float(self.schedule(max(0, self.done - 1)))
+
+    def sync(self) -> None:
+        """Put the current parameters into the caller's model (copies: the step donates its own)."""
+        nnx.update(self.model, *jax.tree.map(jnp.copy, (self.params, self.rest)))
+
+    def validate(self, eval_source, callbacks: Sequence[Callback]) -> dict:
+        self.sync()
+        row = {}
+        if eval_source is not None:
+            stream = batches(
+                eval_source, self.tokenizer, seed=0, split="valid", repeat=False, **self.lengths
+            )
+            some = [batch for batch, _ in zip(stream, range(EVAL_BATCHES), strict=False)]
+            row |= evaluate_loss(self.model, some)
+        for callback in callbacks:
+            row |= callback(self.done, self.model)
+        if row:
+            self.metrics.add({"step": self.done, **row})
+        return row
+
+    def facts(self) -> dict:
+        """What a checkpoint must agree on to be resumed."""
+        config = asdict(self.config)
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep"):
+            config.pop(name)  # may change between runs
+        if self.config.schedule in ("cosine", "linear"):
+            config["steps"] = self.config.steps
+        return to_json(
+            {
+                "model": self.model.cfg.to_dict(),
+                "train": config,
+                "source": self.source.digest(),
+                "tokenizer": self.tokenizer.digest(),
+            }
+        )
+
+    def _optimizer_leaves(self) -> dict:
+        return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.opt_state))}
+
+    def open(self, resume: bool) -> None:
+        """Prepare the folder; take up its newest checkpoint if there is one."""
+        self.checkpoints = Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
+        step = self.checkpoints.latest()
+        if step is None:
+            self.metrics.keep_until(-1)
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.workdir} already holds a run at step {step}: choose another workdir, "
+                "delete it, or resume it"
+            )
+        meta, facts = self.checkpoints.meta(step), self.facts()
+        for name in facts:
+            if meta[name] != facts[name]:
+                what = (
+                    differing(meta[name], facts[name])
+                    if isinstance(facts[name], dict)
+                    else f"{meta[name]} there, {facts[name]} here"
+                )
+                raise ValueError(
+                    f"{self.workdir} holds a run of another {name} configuration ({what}): choose "
+                    "another workdir or the same configuration"
+                )
+        restore_model(self.checkpoints, step, self.model)
+        _, params, rest = nnx.split(self.model, nnx.Param, ...)
+        self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
+        restored = self.checkpoints.restore(step, optimizer=self._optimizer_leaves())
+        leaves = [restored["optimizer"][str(i)] for i in range(len(restored["optimizer"]))]
+        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
+        self.stream.set_state(meta["stream"])
+        self.done = step
+        if self.metrics.path.exists():
+            self.metrics = Metrics.load(self.metrics.path)
+        self.metrics.keep_until(step)
+
+    def save(self) -> None:
+        if self.checkpoints is not None and self.checkpoints.latest() != self.done:
+            meta = self.facts() | {"stream": self.stream.get_state()}
+            model = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
+            self.checkpoints.save(
+                self.done, meta, model=model, optimizer=self._optimizer_leaves()
+            )
+
+
+def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:
+    cfg = model.cfg
+    if config.input_length > cfg.max_length:
+        raise ValueError(
+            f"input_length {config.input_length} exceeds {cfg.name}'s max_length {cfg.max_length}: "
+            "shorten it or use cfg.replace(max_length=...)"
+        )
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.name} only {cfg.vocab_size}: use "
+            f"cfg.replace(vocab_size={tokenizer.vocab_size})"
+        )
+    if model.mesh is not None:
+        shards = model.mesh.shape["data"] * model.mesh.shape["expert"]
+        if config.batch_size % shards:
+            row = config.input_length + config.target_length
+            raise ValueError(
+                f"a batch of {config.batch_size} rows cannot be split over {shards} devices: use "
+                f"batch_tokens={-(-config.batch_size // shards) * shards * row}"
+            )
+    if config.freeze and not cfg.num_experts:
+        raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
+
+
+def train(
+    model: EncoderDecoder,
+    source: Any,
+    config: TrainConfig = TrainConfig(),  # noqa: B008  frozen
+    *,
+    workdir: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    eval_source: Any = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = True,
+) -> Run:
+    """Train a model in place on a `Mixture` or `Corpus` and return the run.
+
+    Args:
+      workdir: keeps metrics.jsonl and checkpoints; a second call with the same arguments resumes
+        from the newest and equals a run that was never interrupted.
+      tokenizer: default the one that the model's configuration names.
+      eval_source: its "valid" split gives valid_loss every eval_every steps and at the end.
+      callbacks: (step, model) -> {name: value}, called and logged at the same times.
+
+    Raises:
+      ValueError: lengths, vocabulary, batch or workdir do not fit the model; the loss diverges.
+      OSError: workdir cannot be written.
+    """
+    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
+    _check(model, config, tokenizer)
+    trainer = _Trainer(model, source, config, tokenizer, workdir)
+    if workdir:
+        trainer.open(resume)
+    with _Stop() as stop, tqdm(
+        total=config.steps, initial=trainer.done, desc=f"train {model.cfg.name}", unit="step"
+    ) as bar:
+        try:
+            _loop(trainer, bar, stop, eval_source, callbacks)
+        finally:
+            trainer.sync()
+            if trainer.checkpoints is not None:
+                trainer.checkpoints.close()
+    return Run(model, trainer.metrics, config, trainer.workdir)
+
+
+def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
+    config, since = trainer.config, time.perf_counter()
+    while trainer.done < config.steps:
+        trainer.advance()
+        done, last = trainer.done, trainer.done == config.steps
+        bar.update()
+        if done % config.log_every == 0 or last or stop.asked:
+            row = trainer.flush(time.perf_counter() - since)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+            since = time.perf_counter()
+        if last or (config.eval_every and done % config.eval_every == 0):
+            trainer.validate(eval_source, callbacks)
+            since = time.perf_counter()
+        if last or stop.asked or (config.save_every and done % config.save_every == 0):
+            trainer.save()
+        if stop.asked:
+            kept = f"saved at step {done}" if trainer.checkpoints else "no workdir, nothing saved"
+            raise KeyboardInterrupt(kept)
+
+
+class _Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step."""
+
+    asked = False
+
+    def __enter__(self):
+        self._former = {}
+        try:
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                self._former[sig] = signal.signal(sig, self._ask)
+        except ValueError:
+            pass  # not the main thread: signals are somebody else's
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self._former[number])  # a second one acts at once
+
+    def __exit__(self, *_):
+        for sig, handler in self._former.items():
+            signal.signal(sig, handler)
