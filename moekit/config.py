@@ -378,7 +378,7 @@ def _ours() -> dict[str, dict]:
             8,
             1,
         ),
-        "mini": (_shape(4, 192, 512, 3, 64, vocab_size=8192, max_length=1024), 16, 2),
+        "mini": (_shape(4, 192, 512, 3, 64, vocab_size=8192, max_length=2048), 16, 2),
     }
     table = {}
     for size, (shape, experts, sparse) in small.items():

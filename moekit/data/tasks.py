@@ -138,8 +138,8 @@ def format_prompt(
       inverted: the answer is given and the question asked for.
 
     Raises:
-      ValueError: the template names a field that the example does not have, the example has no
-        rationale, or the task no inverted templates.
+      ValueError: the template names a field that the example does not have, or the task has no
+        inverted templates.
     """
     wordings = task.inverted if inverted else task.templates
     if not wordings:
@@ -194,10 +194,8 @@ def _render(task, wording, example, template, *, options, cot, inverted, style):
         if lettered:
             target = said[example.options.index(example.answer)]
     if cot:
-        if not example.rationale:
-            raise ValueError(f"task {task.name}, example {example.id} has no rationale")
         text += "\n" + COT_CUES[template % len(COT_CUES)]
-        target = f"{example.rationale} The answer is {example.answer}."
+        target = f"{example.rationale} The answer is {example.answer}.".strip()
     return text, target, said
 
 

@@ -311,7 +311,18 @@ class EncoderDecoder(nnx.Module):
         encoder_key, decoder_key = _split(key, 2)
         encoded = self.encode(batch.inputs, batch.input_segments, key=encoder_key, trace=trace)
         tokens = shift_right(batch.targets, batch.target_positions)
-        segments = batch.target_segments
+        return self.decode(encoded, tokens, batch.target_segments, key=decoder_key, trace=trace)
+
+    def decode(
+        self,
+        encoded: Encoded,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        *,
+        key: Key[Array, ""] | None = None,
+        trace: bool = False,
+    ) -> Output:
+        """Logits after each of the decoder's input tokens (targets shifted right)."""
         indices = jnp.arange(tokens.shape[1])
         context = Context(
             mask=segments > 0,
@@ -321,7 +332,7 @@ class EncoderDecoder(nnx.Module):
             memory=encoded.states,
             cross_mask=segment_mask(segments, encoded.segments),
         )
-        x, seen = self.decoder(self._embed(tokens), context, decoder_key)
+        x, seen = self.decoder(self._embed(tokens), context, key)
         stats, routing = dict(encoded.stats), dict(encoded.routing or {})
         if seen is not None:
             stats["decoder"], routing["decoder"] = seen

@@ -1,0 +1,243 @@
+"""Pictures of traces, metrics and scores. Each takes data and returns a matplotlib figure; greys
+and hatches that survive printing, no dates, so the same data gives the same file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from moekit.analysis.balance import expert_load
+from moekit.analysis.specialization import (
+    Specialization,
+    coactivation,
+    domain_specialization,
+    label_distance,
+    task_specialization,
+    token_specialization,
+)
+from moekit.analysis.trace import RouterTrace
+from moekit.data.tokenizer import Tokenizer
+from moekit.metrics import Metrics
+
+matplotlib.rcParams["svg.hashsalt"] = "moekit"
+LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
+GREYS = ("0.25", "0.85", "0.55", "0.95", "0.7", "0.4")
+
+
+def save_figure(fig, path: str | Path) -> Path:
+    """Write a figure (.png or .svg) without dates and versions, and close it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    fig.savefig(path, dpi=110, metadata=quiet)
+    plt.close(fig)
+    return path
+
+
+def _grid(panels: int, width: float = 3.6, height: float = 2.6, columns: int = 4):
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[panels:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:panels])
+
+
+def plot_expert_load(trace: RouterTrace):
+    """Load of every expert in every MoE layer, sorted, against the balanced share."""
+    return plot_load({stack: expert_load(trace, stack) for stack in trace.stacks}, trace.model)
+
+
+def plot_load(loads: Mapping[str, np.ndarray], name: str):
+    """As `plot_expert_load`, from {stack: load [layers, experts]}."""
+    panels = [(s, i) for s in loads for i in range(len(loads[s]))]
+    fig, axes = _grid(len(panels))
+    for ax, (stack, layer) in zip(axes, panels, strict=True):
+        load = np.sort(loads[stack][layer])[::-1]
+        ax.bar(np.arange(len(load)), load, color="0.55", edgecolor="0.2")
+        ax.axhline(1 / len(load), color="black", ls="--", lw=1, label="balance")
+        ax.set(title=f"{stack}, MoE layer {layer}", xlabel="experts, by load", ylabel="share")
+        ax.legend(frameon=False, fontsize=8)
+    fig.suptitle(f"Expert load: {name}")
+    return fig
+
+
+def plot_domain_specialization(trace: RouterTrace, stack: str = "encoder"):
+    """Share of each domain's tokens per expert, with intervals and the chance line k / E."""
+    return plot_specialization(domain_specialization(trace, stack), trace.model, stack)
+
+
+def plot_specialization(
+    result: Specialization, name: str, stack: str = "encoder", what: str = "domain"
+):
+    """Bars of N(e, p) / N(p) by expert and label, one panel a layer."""
+    layers, experts, labels = result.share.shape
+    fig, axes = _grid(layers, width=max(5.0, 0.16 * experts * labels), columns=2)
+    width = 0.8 / labels
+    for layer, ax in enumerate(axes):
+        for p, label in enumerate(result.labels):
+            share = result.share[layer, :, p]
+            error = [share - result.low[layer, :, p], result.high[layer, :, p] - share]
+            ax.bar(
+                np.arange(experts) + (p - (labels - 1) / 2) * width,
+                share,
+                width,
+                yerr=np.maximum(error, 0),
+                color=GREYS[p % len(GREYS)],
+                hatch=HATCHES[p % len(HATCHES)],
+                edgecolor="black",
+                lw=0.5,
+                error_kw={"lw": 0.6},
+                label=label,
+            )
+        ax.axhline(result.chance[layer], color="black", ls="--", lw=1, label="chance k/E")
+        p_value = result.p_value[layer]
+        ax.set(
+            title=f"{stack}, MoE layer {layer} (shuffled labels: p = {p_value:.3f})",
+            xlabel="expert",
+            ylabel=f"share of the {what}'s tokens",
+            xticks=range(experts),
+        )
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
+    fig.suptitle(f"Which experts a {what} uses: {name}")
+    return fig
+
+
+def plot_task_specialization(trace: RouterTrace, stack: str = "encoder", by: str = "task"):
+    """Heat map of expert use by task (or "cluster") in the last MoE layer, over chance."""
+    result = task_specialization(trace, stack, resamples=20)
+    if by == "cluster":
+        from moekit.analysis.specialization import specialization
+
+        result = specialization(trace, by, stack, resamples=20)
+    ratio = (result.share[-1] / result.chance[-1]).T
+    fig, ax = plt.subplots(
+        figsize=(3 + 0.3 * ratio.shape[1], 1.4 + 0.22 * ratio.shape[0]), layout="constrained"
+    )
+    image = ax.imshow(ratio, cmap="Greys", aspect="auto", vmin=0)
+    ax.set_yticks(range(len(result.labels)), result.labels, fontsize=8)
+    title = f"Expert use by {by}: {trace.model}, {stack}, last MoE layer"
+    ax.set(title=title, xlabel="expert", xticks=range(ratio.shape[1]))
+    fig.colorbar(image, label="share over chance k/E")
+    return fig
+
+
+def plot_domain_distance(trace: RouterTrace, stack: str = "encoder", by: str = "domain"):
+    """Jensen-Shannon distances between domains' expert loads, one panel a layer."""
+    from moekit.analysis.specialization import specialization
+
+    result = specialization(trace, by, stack, resamples=1)
+    distance = label_distance(result)
+    fig, axes = _grid(len(distance), width=3.8, height=3.4)
+    for layer, ax in enumerate(axes):
+        image = ax.imshow(distance[layer], cmap="Greys", vmin=0, vmax=max(distance.max(), 1e-6))
+        ax.set_xticks(range(len(result.labels)), result.labels, rotation=90, fontsize=7)
+        ax.set_yticks(range(len(result.labels)), result.labels, fontsize=7)
+        ax.set_title(f"{stack}, MoE layer {layer}")
+    fig.colorbar(image, ax=axes, label="Jensen-Shannon distance (0 to 1)")
+    fig.suptitle(f"How differently {by}s are routed: {trace.model}")
+    return fig
+
+
+def plot_token_specialization(
+    trace: RouterTrace, tokenizer: Tokenizer, stack: str = "encoder", layer: int = 0, n: int = 8
+):
+    """Each expert's most faithful tokens, as a table with the share of their occurrences."""
+    result = token_specialization(trace, stack)
+    experts = trace.num_experts
+    fig, ax = plt.subplots(figsize=(1.1 * n + 1.5, 0.3 * experts + 1), layout="constrained")
+    ax.axis("off")
+    for expert in range(experts):
+        ax.text(0, expert, f"expert {expert}", fontsize=9, va="center", weight="bold")
+        for i, (token, share) in enumerate(result.top(layer, expert, n)):
+            text = repr(tokenizer.decode([token]) or {0: "pad", 1: "eos"}.get(token, token))
+            shade = str(1 - 0.5 * share)
+            box = {"facecolor": shade, "edgecolor": "none", "pad": 2}
+            label = f"{text} {share:.0%}"
+            ax.text(i + 1, expert, label, fontsize=8, va="center", family="monospace", bbox=box)
+    ax.set(xlim=(0, n + 1.5), ylim=(experts - 0.5, -0.7))
+    chance = result.chance[layer]
+    ax.set_title(
+        f"Tokens that go to one expert: {trace.model}, {stack}, MoE layer {layer} "
+        f"(chance {chance:.0%})",
+        fontsize=10,
+    )
+    return fig
+
+
+def plot_coactivation(trace: RouterTrace, stack: str = "encoder"):
+    """Which experts are chosen together, one panel a layer."""
+    together = coactivation(trace, stack)
+    fig, axes = _grid(len(together), width=3.6, height=3.2)
+    for layer, ax in enumerate(axes):
+        image = ax.imshow(together[layer], cmap="Greys", vmin=0, vmax=max(together.max(), 1e-6))
+        ax.set(title=f"{stack}, MoE layer {layer}", xlabel="also chose", ylabel="chose")
+    fig.colorbar(image, ax=axes, label="share of the row's tokens")
+    fig.suptitle(f"Co-activation: {trace.model}")
+    return fig
+
+
+def plot_learning_curves(
+    runs: Mapping[str, Metrics], key: str = "loss", label: str = "", title: str = "", lines=()
+):
+    """One curve a run; `lines` are (name, value) levels to compare with."""
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for i, (name, metrics) in enumerate(runs.items()):
+        color, style = LINES[i % len(LINES)]
+        steps, values = metrics[key]
+        marker = "o" if len(steps) < 15 else None
+        ax.plot(steps, values, color=color, ls=style, marker=marker, ms=3, label=name)
+    for name, value in lines:
+        ax.axhline(value, color="0.7", lw=1)
+        ax.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    ax.set(xlabel="step", ylabel=label or key, title=title or key)
+    ax.legend(frameon=False)
+    return fig
+
+
+def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
+    """Bars by suite and model: groups {model: [Scores.to_dict(), ..]}, the same suites in each.
+
+    Whiskers are 95 % intervals, dots chance, lines the majority answer.
+    """
+    suites = [scores["name"].split(" on ")[-1] for scores in next(iter(groups.values()))]
+    fig, ax = plt.subplots(figsize=(2 + 1.3 * len(suites), 3.8), layout="constrained")
+    width = 0.8 / len(groups)
+    for i, (model, scores) in enumerate(groups.items()):
+        means = [each["mean"] for each in scores]
+        x = np.arange(len(means)) + (i - (len(groups) - 1) / 2) * width
+        height = [m["score"] for m in means]
+        error = [[m["score"] - m["low"] for m in means], [m["high"] - m["score"] for m in means]]
+        ax.bar(
+            x,
+            height,
+            width,
+            yerr=np.maximum(error, 0),
+            color=GREYS[i % len(GREYS)],
+            hatch=HATCHES[i % len(HATCHES)],
+            edgecolor="black",
+            lw=0.6,
+            capsize=2,
+            label=model,
+        )
+    base = next(iter(groups.values()))
+    at = np.arange(len(base))
+    ax.plot(at, [s["mean"]["chance"] for s in base], "o", color="black", ms=4, label="chance")
+    ax.hlines(
+        [s["mean"]["majority"] for s in base], at - 0.42, at + 0.42, color="black", lw=1,
+        linestyles="dashed", label="majority",
+    )
+    ax.set_xticks(at, suites)
+    ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8, ncols=2)
+    return fig
