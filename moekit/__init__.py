@@ -6,13 +6,16 @@ dimension, V vocabulary. Names are imported when first used, so `import moekit` 
 """
 
 import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "analysis.balance": "balance_table",
-    "analysis.figures": "plot_expert_load plot_domain_specialization plot_token_specialization "
-    "plot_task_specialization plot_coactivation plot_learning_curves plot_scores save_figure",
+    "analysis.figures": "plot_coactivation plot_domain_distance plot_domain_specialization "
+    "plot_expert_load plot_learning_curves plot_scores plot_specialization "
+    "plot_task_specialization plot_token_specialization save_figure",
     "analysis.specialization": "domain_specialization task_specialization token_specialization",
     "analysis.trace": "RouterTrace trace_routing text_prompts",
     "checkpoint": "load save",
@@ -24,12 +27,14 @@ _HOMES = {
     "data.suites": "Suite suite",
     "data.tasks": "Example Prompt Task Template format_prompt",
     "data.tokenizer": "ByteTokenizer SentencePieceTokenizer load_tokenizer train_sentencepiece",
-    "evaluate": "Scores compare evaluate evaluation_callback",
+    "evaluate": "evaluate evaluation_callback",
     "generate": "generate",
     "metrics": "Metrics",
     "model.transformer": "EncoderDecoder auxiliary_losses",
     "moe.layer": "LayerStats MoE TokenRouting",
     "moe.routing": "ExpertChoice GShard Hash LossFree Random Routing Switch TopK assign",
+    "recipes": "StudyConfig finetune instruction_tune pretrain study",
+    "scores": "Scores compare",
     "sharding": "make_mesh",
     "train": "Run train",
 }
@@ -43,6 +48,17 @@ def __getattr__(name: str):
     value = getattr(importlib.import_module(f"moekit.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """Keeps `mk.train` the function when Python binds the submodule of the same name."""
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__():

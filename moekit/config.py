@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moekit.errors import unknown
@@ -304,6 +305,47 @@ class TrainConfig:
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A dense and a sparse model of one size through all stages.
+
+    Args:
+      source: "builtin", or "mirror" for the data folder (MOEKIT_DATA).
+      size: "nano" or "mini".
+      flavours: the models to compare.
+      pretrain_steps, tune_steps: of batch_tokens each.
+      limits: questions a task (NIv2, BBH) and of a single set.
+      out: results go to out/results, figures to out/figures; workdir keeps checkpoints.
+    """
+
+    source: str = "builtin"
+    size: str = "nano"
+    flavours: tuple[str, ...] = ("t5", "st")
+    pretrain_steps: int = 600
+    tune_steps: int = 400
+    batch_tokens: int = 5120
+    input_length: int = 256
+    target_length: int = 64
+    vocab_size: int = 8192
+    limits: tuple[int, int] = (6, 150)
+    seed: int = 0
+    name: str = ""
+    out: Path = Path("assets")
+    workdir: Path = Path("runs/study")
+
+    def __post_init__(self):
+        if self.source not in ("builtin", "mirror"):
+            raise unknown("source", self.source, ("builtin", "mirror"))
+        if self.size not in ("nano", "mini"):
+            raise unknown("size", self.size, ("nano", "mini"))
+        for flavour in self.flavours:
+            preset(f"{flavour}-{self.size}")
+
+    @property
+    def title(self) -> str:
+        return self.name or f"{self.source}-{self.size}-seed{self.seed}"
 
 
 # size: layers of each stack, d_model, d_ff, heads (of 64)

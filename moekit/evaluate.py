@@ -26,7 +26,7 @@ from moekit.data.tasks import (
 )
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.generate import bucket, generate
-from moekit.model.transformer import EncoderDecoder, Encoded, shift_right
+from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.scores import Difference, Scores, TaskScore, commonest, compare, exact_match, rouge_l
 
 __all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]
@@ -97,9 +97,7 @@ def _option_rows(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) 
     owners = [i for i, p in enumerate(prompts) for _ in p.options]
     length = max(len(tokenizer.encode(p.input)) for p in prompts) + 1
     bare = [Prompt(p.input, "", task=p.task, id=p.id) for p in prompts]
-    batch = pad_prompts(
-        bare, tokenizer, input_length=bucket(length, longest), target_length=1
-    )
+    batch = pad_prompts(bare, tokenizer, input_length=bucket(length, longest), target_length=1)
     rows, width = max(ROWS, len(options)), 16
     while width < max(map(len, options)):
         width *= 2

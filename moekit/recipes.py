@@ -21,7 +21,7 @@ from moekit.analysis import figures as draw
 from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.specialization import Specialization, domain_specialization
 from moekit.analysis.trace import text_prompts, trace_routing
-from moekit.config import ModelConfig, TrainConfig, preset
+from moekit.config import ModelConfig, StudyConfig, TrainConfig, preset
 from moekit.data.corruption import Corpus
 from moekit.data.flan import Mixture, flan_mixture
 from moekit.data.pipeline import batches, unigram_entropy
@@ -30,15 +30,14 @@ from moekit.data.sources import data_dir
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
 from moekit.data.tokenizer import load_tokenizer, train_sentencepiece
-from moekit.errors import unknown
 from moekit.evaluate import evaluate
 from moekit.metrics import Metrics
 from moekit.model.transformer import EncoderDecoder
 from moekit.train import Run, train
 
-# T5's rate for Adafactor falls as 1 / sqrt(step) from here
-PRETRAIN = TrainConfig(learning_rate=2e-2, schedule="rsqrt", warmup_steps=100)
-TUNE = TrainConfig(learning_rate=5e-3, schedule="constant", warmup_steps=20)
+# Adafactor multiplies by the scale of each parameter; the rate falls as 1 / sqrt(step)
+PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)
+TUNE = TrainConfig(learning_rate=1e-2, schedule="constant", warmup_steps=20)
 FLAN_DROPOUT = {"dropout": 0.05, "expert_dropout": 0.2}  # Shen 2023
 
 
@@ -67,56 +66,16 @@ def single_task(task: Task) -> Mixture:
     return Mixture(task.name, (task,), (1.0,), (formats,), ("finetuning",))
 
 
-@dataclass(frozen=True)
-class StudyConfig:
-    """A dense and a sparse model of one size through all stages.
-
-    Args:
-      source: "builtin", or "mirror" for the data folder (MOEKIT_DATA).
-      size: "nano" or "mini".
-      flavours: the models to compare.
-      pretrain_steps, tune_steps: of batch_tokens each.
-      limits: questions a task (NIv2, BBH) and of a single set.
-      out: results go to out/results, figures to out/figures; workdir keeps checkpoints.
-    """
-
-    source: str = "builtin"
-    size: str = "nano"
-    flavours: tuple[str, ...] = ("t5", "st")
-    pretrain_steps: int = 600
-    tune_steps: int = 400
-    batch_tokens: int = 5120
-    input_length: int = 256
-    target_length: int = 64
-    vocab_size: int = 8192
-    limits: tuple[int, int] = (6, 150)
-    seed: int = 0
-    name: str = ""
-    out: Path = Path("assets")
-    workdir: Path = Path("runs/study")
-
-    def __post_init__(self):
-        if self.source not in ("builtin", "mirror"):
-            raise unknown("source", self.source, ("builtin", "mirror"))
-        if self.size not in ("nano", "mini"):
-            raise unknown("size", self.size, ("nano", "mini"))
-        for flavour in self.flavours:
-            preset(f"{flavour}-{self.size}")
-
-    @property
-    def title(self) -> str:
-        return self.name or f"{self.source}-{self.size}-seed{self.seed}"
-
-    def train_config(self, base: TrainConfig, steps: int) -> TrainConfig:
-        return base.replace(
-            steps=steps,
-            batch_tokens=self.batch_tokens,
-            input_length=self.input_length,
-            target_length=self.target_length,
-            eval_every=max(1, steps // 6),
-            save_every=max(1, steps // 3),
-            seed=self.seed,
-        )
+def _stage(study: StudyConfig, base: TrainConfig, steps: int) -> TrainConfig:
+    return base.replace(
+        steps=steps,
+        batch_tokens=study.batch_tokens,
+        input_length=study.input_length,
+        target_length=study.target_length,
+        eval_every=max(1, steps // 6),
+        save_every=max(1, steps // 3),
+        seed=study.seed,
+    )
 
 
 _HELD_IN = {"builtin": ("builtin-heldin",), "mirror": ("niv2-valid", "boolq", "arc_easy")}
@@ -212,8 +171,8 @@ def _one_model(config: StudyConfig, data: _Data, cfg: ModelConfig) -> dict:
     """One model through pretraining and the FLAN stage, asked before and after."""
     folder = config.workdir / cfg.name
     pre, tune = (
-        config.train_config(PRETRAIN, config.pretrain_steps),
-        config.train_config(TUNE, config.tune_steps),
+        _stage(config, PRETRAIN, config.pretrain_steps),
+        _stage(config, TUNE, config.tune_steps),
     )
     model = EncoderDecoder(cfg, seed=config.seed)
     pretrained = pretrain(model, data.corpus, pre, workdir=folder / "pretrain")
@@ -242,6 +201,26 @@ def _one_model(config: StudyConfig, data: _Data, cfg: ModelConfig) -> dict:
         "routing_before": routing_before,
         "routing_after": _routing(data, model, folder / "tune"),
     }
+
+
+def summary(results: dict) -> str:
+    """What a study found, in a few lines."""
+    lines = [f"results: {results['path']}"]
+    for model in results["models"].values():
+        name = model["config"]["name"]
+        losses = [row["valid_loss"] for row in model["pretrain"] if "valid_loss" in row]
+        lines.append(
+            f"{name}: validation loss {losses[-1]:.3f} nats a token (unigram entropy "
+            f"{results['unigram_entropy']:.3f})"
+        )
+        for before, after in zip(model["before"], model["after"], strict=True):
+            a, b = before["mean"], after["mean"]
+            lines.append(
+                f"  {after['name']}: {a['score']:.1%} before, {b['score']:.1%} after tuning "
+                f"({b['low']:.1%} to {b['high']:.1%}; chance {b['chance']:.1%}, "
+                f"majority {b['majority']:.1%})"
+            )
+    return "\n".join([*lines, *results["figures"]])
 
 
 def _with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:
@@ -290,7 +269,9 @@ def _routing(data: _Data, model: EncoderDecoder, folder: Path) -> dict | None:
     if not model.cfg.num_experts:
         return None
     per_domain = 96 if len(data.corpus.domains) < 6 else 32
-    prompts = text_prompts(data.corpus, per_domain, characters=min(600, data.config.input_length * 3))
+    prompts = text_prompts(
+        data.corpus, per_domain, characters=min(600, data.config.input_length * 3)
+    )
     trace = trace_routing(model, prompts, input_length=data.config.input_length, target_length=8)
     trace.save(folder / "trace.npz")
     result = domain_specialization(trace)
@@ -336,7 +317,8 @@ def study_figures(results: dict, folder: Path) -> list[Path]:
     entropy = [("unigram entropy of the targets", results["unigram_entropy"])]
     label = "validation loss (nats a target token)"
     keep(
-        draw.plot_learning_curves(curves, "valid_loss", label, "Pretraining", entropy), "pretraining"
+        draw.plot_learning_curves(curves, "valid_loss", label, "Pretraining", entropy),
+        "pretraining",
     )
     curves = {titles[f]: Metrics(rows=m["tune"]) for f, m in models.items()}
     keep(draw.plot_learning_curves(curves, "valid_loss", label, "Instruction tuning"), "tuning")
@@ -352,7 +334,10 @@ def study_figures(results: dict, folder: Path) -> list[Path]:
                 title = f"{titles[flavour]}, {stage} tuning"
                 loads = {stack: np.array(load) for stack, load in routing["load"].items()}
                 keep(draw.plot_load(loads, title), f"{flavour}-load-{stage}")
-                keep(draw.plot_specialization(_recorded(routing), title), f"{flavour}-domains-{stage}")
+                keep(
+                    draw.plot_specialization(_recorded(routing), title),
+                    f"{flavour}-domains-{stage}",
+                )
     return paths
 
 
@@ -362,7 +347,9 @@ def _recorded(routing: dict) -> Specialization:
     return Specialization(labels=tuple(values["labels"]), **arrays)
 
 
-def figures(results: Path = Path("assets/results"), out: Path = Path("assets/figures")) -> list[Path]:
+def figures(
+    results: Path = Path("assets/results"), out: Path = Path("assets/figures")
+) -> list[Path]:
     """Redraw the figures of every recorded study.
 
     Raises:

@@ -179,9 +179,10 @@ class _Trainer:
         self.pending.append((int(batch.loss_weights.size + batch.inputs.size), report))
         self.done += 1
 
-    def flush(self, seconds: float) -> dict:
-        """Log the mean of the steps since the last time; the only wait for the device."""
+    def flush(self, since: float) -> dict:
+        """Log the mean of the steps since a time; the only wait for the device."""
         reports = jax.device_get([report for _, report in self.pending])
+        seconds = time.perf_counter() - since
         row = {key: float(np.mean([r[key] for r in reports])) for key in reports[0]}
         tokens = sum(count for count, _ in self.pending)
         self.pending = []
@@ -194,10 +195,10 @@ class _Trainer:
         row |= {
             "step": self.done,
             "learning_rate": self.rate(),
-            "tokens": self.done * self.config.batch_size * (
-                self.config.input_length + self.config.target_length
-            ),
-            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "tokens": self.done
+            * self.config.batch_size
+            * (self.config.input_length + self.config.target_length),
+            "tokens_per_second": tokens / seconds,
         }
         self.metrics.add(row)
         return row
@@ -283,9 +284,7 @@ class _Trainer:
         if self.checkpoints is not None and self.checkpoints.latest() != self.done:
             meta = self.facts() | {"stream": self.stream.get_state()}
             model = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
-            self.checkpoints.save(
-                self.done, meta, model=model, optimizer=self._optimizer_leaves()
-            )
+            self.checkpoints.save(self.done, meta, model=model, optimizer=self._optimizer_leaves())
 
 
 def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -341,9 +340,12 @@ def train(
     trainer = _Trainer(model, source, config, tokenizer, workdir)
     if workdir:
         trainer.open(resume)
-    with _Stop() as stop, tqdm(
-        total=config.steps, initial=trainer.done, desc=f"train {model.cfg.name}", unit="step"
-    ) as bar:
+    with (
+        _Stop() as stop,
+        tqdm(
+            total=config.steps, initial=trainer.done, desc=f"train {model.cfg.name}", unit="step"
+        ) as bar,
+    ):
         try:
             _loop(trainer, bar, stop, eval_source, callbacks)
         finally:
@@ -360,14 +362,15 @@ def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
         done, last = trainer.done, trainer.done == config.steps
         bar.update()
         if done % config.log_every == 0 or last or stop.asked:
-            row = trainer.flush(time.perf_counter() - since)
+            row = trainer.flush(since)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
             since = time.perf_counter()
+        paused = time.perf_counter()
         if last or (config.eval_every and done % config.eval_every == 0):
             trainer.validate(eval_source, callbacks)
-            since = time.perf_counter()
         if last or stop.asked or (config.save_every and done % config.save_every == 0):
             trainer.save()
+        since += time.perf_counter() - paused  # the rate is of training alone
         if stop.asked:
             kept = f"saved at step {done}" if trainer.checkpoints else "no workdir, nothing saved"
             raise KeyboardInterrupt(kept)

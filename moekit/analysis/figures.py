@@ -199,7 +199,9 @@ def plot_learning_curves(
         ax.plot(steps, values, color=color, ls=style, marker=marker, ms=3, label=name)
     for name, value in lines:
         ax.axhline(value, color="0.7", lw=1)
-        ax.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        ax.annotate(
+            name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
     ax.set(xlabel="step", ylabel=label or key, title=title or key)
     ax.legend(frameon=False)
     return fig
@@ -234,8 +236,13 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     at = np.arange(len(base))
     ax.plot(at, [s["mean"]["chance"] for s in base], "o", color="black", ms=4, label="chance")
     ax.hlines(
-        [s["mean"]["majority"] for s in base], at - 0.42, at + 0.42, color="black", lw=1,
-        linestyles="dashed", label="majority",
+        [s["mean"]["majority"] for s in base],
+        at - 0.42,
+        at + 0.42,
+        color="black",
+        lw=1,
+        linestyles="dashed",
+        label="majority",
     )
     ax.set_xticks(at, suites)
     ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from moekit.data.corruption import Corpus
-from moekit.data.pipeline import Batch, pad_prompts
+from moekit.data.pipeline import Batch, pad_pairs, tokenize_prompt
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
@@ -132,7 +132,9 @@ def text_prompts(
             start = rng.randrange(max(1, len(text) - characters))
             piece = text[start : start + characters]
             identity = f"{domain}/{i}"
-            prompts.append(Prompt(piece, "", task="text", cluster="text", domain=domain, id=identity))
+            prompts.append(
+                Prompt(piece, "", task="text", cluster="text", domain=domain, id=identity)
+            )
     return prompts
 
 
@@ -169,18 +171,18 @@ def trace_routing(
         raise ValueError("no prompts to trace")
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     longest = min(input_length or model.cfg.max_length, model.cfg.max_length)
-    cut = [_cut(prompt, tokenizer, longest, target_length) for prompt in prompts]
-    truncated = sum(a.input != b.input for a, b in zip(cut, prompts, strict=True))
-    lengths = [len(tokenizer.encode(prompt.input)) + 1 for prompt in cut]
+    limits = {"input_length": longest, "target_length": target_length}
+    pairs = [tokenize_prompt(prompt, tokenizer, **limits) for prompt in prompts]
+    truncated = sum(len(tokenizer.encode(prompt.input)) >= longest for prompt in prompts)
+    lengths = [len(pair["inputs"]) for pair in pairs]
     order = np.argsort(lengths, kind="stable")
     graphdef, state = nnx.split(model)
     run, parts = _compiled(graphdef), {}
-    for start in tqdm(range(0, len(cut), batch_size), desc="trace", unit="batch", leave=False):
+    for start in tqdm(range(0, len(pairs), batch_size), desc="trace", unit="batch", leave=False):
         rows = order[start : start + batch_size]
         size = bucket(max(lengths[i] for i in rows), longest)
-        batch = pad_prompts(
-            [cut[i] for i in rows], tokenizer, input_length=size, target_length=target_length
-        )
+        chosen = [pairs[i] for i in rows]
+        batch = pad_pairs(chosen, input_length=size, target_length=target_length)
         missing = batch_size - len(rows)
         batch = jax.tree.map(lambda x, n=missing: np.pad(x, ((0, n), (0, 0))), batch)
         for name, routing in jax.device_get(run(state, batch)).items():
@@ -193,18 +195,6 @@ def trace_routing(
         *(tuple(getattr(p, field) for p in prompts) for field in ("task", "cluster", "domain")),
         truncated=truncated,
     )
-
-
-def _cut(prompt: Prompt, tokenizer: Tokenizer, input_length: int, target_length: int) -> Prompt:
-    def fit(text: str, limit: int, left: bool) -> str:
-        ids = tokenizer.encode(text)
-        while len(ids) > limit - 1:  # decoding and encoding again may give more ids
-            excess = max(1, len(ids) - (limit - 1))
-            text = tokenizer.decode(ids[excess:] if left else ids[:-excess])
-            ids = tokenizer.encode(text)
-        return text
-
-    return Prompt(fit(prompt.input, input_length, True), fit(prompt.target, target_length, False))
 
 
 def _tokens(name: str, batch: Batch, rows, routing) -> StackTrace:

@@ -101,7 +101,12 @@ class Mixture:
         return "\n".join(lines)
 
     def prompts(
-        self, *, seed: int = 0, split: str = "train", shuffle: bool = True, repeat: bool = True,
+        self,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        shuffle: bool = True,
+        repeat: bool = True,
         fits=None,
     ):
         """A grain dataset of prompts, each task in its own order, mixed by rate.
@@ -128,7 +133,14 @@ class Mixture:
         return [stream[i] for i in range(n)]
 
     def token_pairs(
-        self, tokenizer, *, input_length, target_length, seed, split="train", shuffle=True,
+        self,
+        tokenizer,
+        *,
+        input_length,
+        target_length,
+        seed,
+        split="train",
+        shuffle=True,
         repeat=True,
     ):
         """Prompts as a grain dataset of {"inputs", "targets"} token ids."""
@@ -274,7 +286,9 @@ def _custom(rates: Mapping[str, float], data_dir, on_error: str) -> Mixture:
     for name in rates:
         if known[name][0].held_out:
             raise ValueError(f"task {name} is held out for evaluation and never trained on")
-    tasks, formats, parts = zip(*(known[name] for name in rates), strict=True) if rates else ((),) * 3
+    tasks, formats, parts = (
+        zip(*(known[name] for name in rates), strict=True) if rates else ((),) * 3
+    )
     return Mixture("custom", tasks, tuple(map(float, rates.values())), formats, parts)
 
 

@@ -240,7 +240,11 @@ class Mirror:
         """A multiple-choice set {question, choices, answer index, perhaps context}."""
         test = f"{folder}/test.jsonl.gz"
         train = next(
-            (f for f in ("train", "dev", "valid") if (self.root / folder / f"{f}.jsonl.gz").exists()),
+            (
+                f
+                for f in ("train", "dev", "valid")
+                if (self.root / folder / f"{f}.jsonl.gz").exists()
+            ),
             "train",
         )
         files = {"train": f"{folder}/{train}.jsonl.gz", "valid": test, "test": test}

@@ -6,7 +6,7 @@ a `Mixture`. Batch i is a function of seed, i and the source.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -117,34 +117,34 @@ def pad_prompts(
     Raises:
       ValueError: a prompt is longer than input_length or a target longer than target_length.
     """
-    ids = {"inputs": [], "targets": []}
+    pairs = []
     for prompt in prompts:
+        pair = {}
         for name, text, limit in (
             ("inputs", prompt.input, input_length),
             ("targets", prompt.target, target_length),
         ):
-            tokens = [*tokenizer.encode(text), EOS]
-            if len(tokens) > limit:
+            pair[name] = [*tokenizer.encode(text), EOS]
+            if len(pair[name]) > limit:
                 raise ValueError(
-                    f"{name} of {prompt.task or 'prompt'} {prompt.id!r} are {len(tokens)} tokens "
-                    f"long, more than the {limit} allowed: shorten the text or raise the length"
+                    f"{name} of {prompt.task or 'prompt'} {prompt.id!r} are {len(pair[name])} "
+                    f"tokens long, more than the {limit} allowed: shorten the text or raise the "
+                    "length"
                 )
-            ids[name].append(tokens)
-    inputs, input_segments, input_positions = _rectangle(ids["inputs"], input_length)
-    targets, target_segments, target_positions = _rectangle(ids["targets"], target_length)
-    weights = target_segments.astype(np.float32)
-    return Batch(
-        inputs,
-        input_segments,
-        input_positions,
-        targets,
-        target_segments,
-        target_positions,
-        weights,
-    )
+        pairs.append(pair)
+    return pad_pairs(pairs, input_length=input_length, target_length=target_length)
 
 
-def _rectangle(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
+def pad_pairs(
+    pairs: Sequence[Mapping[str, Sequence[int]]], *, input_length: int, target_length: int
+) -> Batch:
+    """One pair of token ids {"inputs", "targets"} a row, filled up with padding."""
+    inputs = _rectangle([pair["inputs"] for pair in pairs], input_length)
+    targets = _rectangle([pair["targets"] for pair in pairs], target_length)
+    return Batch(*inputs, *targets, loss_weights=targets[1].astype(np.float32))
+
+
+def _rectangle(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, ...]:
     ids = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row

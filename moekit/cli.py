@@ -1,0 +1,276 @@
+"""moekit <verb>: every verb is a dataclass whose fields are its flags; each takes --json."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from moekit.config import StudyConfig, TrainConfig
+from moekit.errors import unknown
+
+VERBS = ("doctor", "tour", "train", "eval", "data", "bench", "study", "figures")
+
+
+@dataclass
+class Doctor:
+    """Versions, devices, data found and what is missing; or the table of presets."""
+
+    presets: bool = False
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        from moekit import doctor
+
+        if self.presets:
+            rows = doctor.presets()
+            return rows, doctor.presets_as_text(rows)
+        found = doctor.report()
+        return found, doctor.as_text(found)
+
+
+@dataclass
+class Tour:
+    """Execute the notebooks in their small setting; `make tour` calls this."""
+
+    out: Path = Path("tour")
+    in_place: bool = False
+    """Store the outputs in notebooks/ as well."""
+    only: str = ""
+    """Prefix of the notebooks to run, such as 01."""
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        from moekit.tour import tour
+
+        rows = tour(self.out, in_place=self.in_place, only=self.only)
+        total = sum(row["seconds"] for row in rows)
+        text = (
+            f"{len(rows)} notebooks ran in {total / 60:.1f} minutes.\n"
+            f"Executed notebooks: {self.out}/*.ipynb\nFigures: {self.out}/figures/*.png"
+        )
+        return rows, text
+
+
+@dataclass
+class Train:
+    """Train a preset (or go on from a checkpoint) on a mixture or a corpus."""
+
+    workdir: Path
+    preset: str = "st-nano"
+    mixture: str = "builtin"
+    """A FLAN mixture: builtin or flan2022."""
+    corpus: str = ""
+    """Pretrain on this text instead: builtin, mirror, or parts such as books,speeches."""
+    checkpoint: Path | None = None
+    """Start from this model instead of a fresh preset."""
+    router: str = ""
+    """Another router: switch, top2, gshard, expert-choice, loss-free, hash, random."""
+    tokenizer: str = ""
+    """Path of a SentencePiece model; default the preset's."""
+    on_error: str = "stop"
+    """What to do with malformed rows: stop or skip."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(steps=100, batch_tokens=8192)
+    )
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        import moekit as mk
+
+        if self.checkpoint:
+            model = mk.load(self.checkpoint)
+        cfg = model.cfg if self.checkpoint else mk.preset(self.preset)
+        if self.router:
+            cfg = cfg.replace(router=self.router)
+        if self.tokenizer:
+            size = mk.load_tokenizer(self.tokenizer).vocab_size
+            cfg = cfg.replace(tokenizer=self.tokenizer, vocab_size=size)
+        source = (
+            mk.corpus(self.corpus)
+            if self.corpus
+            else mk.flan_mixture(self.mixture, on_error=self.on_error)
+        )
+        if not self.checkpoint:
+            model = mk.EncoderDecoder(cfg, seed=self.train.seed)
+        run = mk.train(model, source, self.train, workdir=self.workdir)
+        last = run.metrics.rows[-1]
+        text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {self.workdir}"
+        return {"workdir": str(self.workdir), **last}, text
+
+
+@dataclass
+class Eval:
+    """Evaluate a checkpoint on a suite."""
+
+    checkpoint: Path
+    suite: str = "builtin"
+    shots: int = 0
+    limit: int | None = None
+    """At most so many questions a task."""
+    chain_of_thought: bool = False
+    seed: int = 0
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        import moekit as mk
+
+        scores = mk.evaluate(
+            mk.load(self.checkpoint),
+            mk.suite(self.suite),
+            shots=self.shots,
+            limit=self.limit,
+            seed=self.seed,
+            chain_of_thought=self.chain_of_thought,
+        )
+        return scores.to_dict(), scores.table()
+
+
+@dataclass
+class Data:
+    """Describe a mixture or a corpus and show samples."""
+
+    mixture: str = "builtin"
+    corpus: str = ""
+    task: str = ""
+    """Show this task of the mixture alone."""
+    samples: int = 3
+    seed: int = 0
+    on_error: str = "stop"
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        import moekit as mk
+
+        if self.corpus:
+            return self._corpus(mk.corpus(self.corpus))
+        mixture = (
+            mk.flan_mixture({self.task: 1.0}, on_error=self.on_error)
+            if self.task
+            else mk.flan_mixture(self.mixture, on_error=self.on_error)
+        )
+        prompts = mixture.sample(self.samples, seed=self.seed)
+        shown = [f"--- {p.task}\n{p.input}\n>>> {p.target}" for p in prompts]
+        found = {
+            "rates": mixture.rates,
+            "samples": [{"task": p.task, "input": p.input, "target": p.target} for p in prompts],
+        }
+        return found, "\n".join([mixture.describe(), *shown])
+
+    def _corpus(self, corpus) -> tuple[object, str]:
+        found = {}
+        for split in ("train", "valid"):
+            for document in corpus.documents(split):
+                row = found.setdefault((document.domain, split), [0, 0])
+                row[0] += 1
+                row[1] += len(document.text)
+        rows = [
+            {"domain": domain, "split": split, "documents": n, "characters": size}
+            for (domain, split), (n, size) in sorted(found.items())
+        ]
+        lines = [
+            f"{r['domain']:20} {r['split']:6} {r['documents']:7,} documents "
+            f"{r['characters']:12,} characters"
+            for r in rows
+        ]
+        return rows, "\n".join(lines)
+
+
+@dataclass
+class Bench:
+    """Time the MoE layer against the dense FFN of equal FLOPs."""
+
+    what: Annotated[str, tyro.conf.Positional] = "layer"
+    tokens: int = 4096
+    d_model: int = 256
+    d_ff: int = 704
+    capacity_factor: float = 1.25
+    repeats: int = 15
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        if self.what != "layer":
+            raise unknown("benchmark", self.what, ("layer",))
+        from moekit import bench
+
+        rows = bench.layer(
+            tokens=self.tokens,
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            capacity_factor=self.capacity_factor,
+            repeats=self.repeats,
+        )
+        lines = [f"{'experts':>7} {'k':>2} {'variant':10} {'ms':>9} {'ratio to dense':>15}"]
+        lines += [
+            f"{r['experts']:7} {r['k']:2} {r['variant']:10} {r['ms']:9.2f} "
+            f"{r['ratio_to_dense']:15.2f}"
+            for r in rows
+        ]
+        return rows, "\n".join(lines)
+
+
+@dataclass
+class Study:
+    """The whole experiment, dense against sparse, recorded as one JSON with its figures."""
+
+    study: Annotated[StudyConfig, tyro.conf.arg(name="")] = field(default_factory=StudyConfig)
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        from moekit.recipes import study, summary
+
+        results = study(self.study)
+        return {"path": results["path"], "figures": results["figures"]}, summary(results)
+
+
+@dataclass
+class Figures:
+    """Redraw the figures of recorded results."""
+
+    results: Path = Path("assets/results")
+    out: Path = Path("assets/figures")
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        from moekit.recipes import figures
+
+        paths = [str(path) for path in figures(self.results, self.out)]
+        return paths, "\n".join(paths)
+
+
+_COMMANDS: dict[str, Callable] = dict(
+    zip(VERBS, (Doctor, Tour, Train, Eval, Data, Bench, Study, Figures), strict=True)
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line for a mistake of the user's; MOEKIT_TRACEBACK=1 shows all."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+            raise unknown("verb", argv[0], VERBS)
+        command = tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS, args=argv, prog="moekit", description=__doc__
+        )
+        found, text = command.run()
+        print(json.dumps(found, default=str) if command.json else text)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("MOEKIT_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moekit.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+TEXT = ["The quick brown fox jumps over the lazy dog near river %d." % i for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spm") / "small.model"
+    return train_sentencepiece(TEXT, path, vocab_size=640)
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, tokenizer.eos_id, 0, 0]) == text
+    assert all(3 <= i < 259 for i in ids)
+
+
+def test_special_ids_are_t5s(pieces):
+    for tokenizer in (ByteTokenizer(), pieces):
+        assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+        assert tokenizer.vocab_size % 128 == 0
+        assert tokenizer.sentinel(0) == tokenizer.sentinel(99) + 99 < tokenizer.vocab_size
+        assert tokenizer.decode([tokenizer.sentinel(7)]) == "<extra_id_7>"
+        with pytest.raises(ValueError, match="sentinel 100"):
+            tokenizer.sentinel(100)
+    assert ByteTokenizer().vocab_size == 384
+
+
+def test_trained_pieces(pieces):
+    assert pieces.vocab_size == 640
+    text = "The quick brown fox."
+    assert pieces.decode(pieces.encode(text)) == text
+    strange = "fox \u4e2d\U0001f600"  # byte fallback: nothing is unknown
+    assert pieces.unk_id not in pieces.encode(strange)
+    assert pieces.decode(pieces.encode(strange)) == strange
+    same = train_sentencepiece(TEXT, pieces.path.with_name("again.model"), vocab_size=640)
+    assert same.encode(text) == pieces.encode(text)
+
+
+def test_loading(pieces, tmp_path):
+    assert load_tokenizer("byte") == ByteTokenizer()
+    assert load_tokenizer(str(pieces.path)).digest() == pieces.digest()
+    assert load_tokenizer(pieces) is pieces
+    with pytest.raises(ValueError, match="tokenizer='byte'"):
+        load_tokenizer(None)
+    with pytest.raises(FileNotFoundError, match=r"\.model"):
+        load_tokenizer(str(tmp_path / "none.model"))
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        SentencePieceTokenizer(broken)
+
+
+def test_bad_training_arguments(tmp_path):
+    with pytest.raises(ValueError, match="multiple of 128"):
+        train_sentencepiece(TEXT, tmp_path / "m.model", vocab_size=1000)
+    with pytest.raises(ValueError, match="more text"):
+        train_sentencepiece(["a b c"], tmp_path / "m.model", vocab_size=8192)
+    assert not list(tmp_path.iterdir())
