@@ -219,7 +219,7 @@ def test_a_function_is_a_router():
 
 def test_eight_devices_equal_one():
     mesh = make_mesh(expert=4)
-    x, mask, ids = inputs()
+    x, mask, _ = inputs()
     moe = layer(TopK(k=2))
     expected = moe(x, mask)[0]
     with jax.set_mesh(mesh):
