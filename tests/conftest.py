@@ -1,4 +1,4 @@
-"""Eight virtual devices, checked shapes, no display, no network: set before anything is imported."""
+"""Eight virtual devices, checked shapes, no display, no network: set before any import."""
 
 import os
 

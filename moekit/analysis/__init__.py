@@ -1,1 +1,1 @@
-"""Who went where: routing traces, balance, specialization, and their figures. Nothing trains here."""
+"""Who went where: routing traces, balance, specialization, figures. Nothing trains here."""

@@ -16,7 +16,7 @@ from moekit.analysis.trace import RouterTrace
 
 @dataclass(frozen=True)
 class Specialization:
-    """Share of each label's tokens that chose each expert, N(e, p) / N(p) (OLMoE, Muennighoff 2024).
+    """Share of each label's tokens that chose each expert, N(e, p) / N(p) (Muennighoff 2024).
 
     `chance` is k / E with k the choices a token makes on average. `low` and `high` are the 95 %
     interval over examples, `p_value` the share of label shuffles whose largest deviation from the

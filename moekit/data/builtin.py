@@ -1,13 +1,16 @@
 """The embedded default: text and tasks that need neither network nor files.
 
-Held out whole are "description matching" (a new use of finding overlap between text and option),
-"text selection" and "spelling" (transfer from matching words) and "state tracking" (hard: a tiny
-model should stay at chance). Every object falls into one split by the hash of its text.
+Held out whole are "description matching", "text selection" and "cloze", where what the held-in
+tasks teach (find in the text what the question is about) can help a tiny model, and "state
+tracking", where it should stay at chance. Every object falls into one split by the hash of its
+text.
 """
 
 import http
+import re
 import unicodedata
 import zoneinfo
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -16,7 +19,9 @@ from moekit.data.corruption import Corpus, Document
 from moekit.data.embedded import Entry, entries, split_of
 from moekit.data.tasks import Example, Task, Template, stable_random
 
-SIZE = 1500  # objects drawn for each task before they are split
+SIZE = 1500  # objects of a real task before they are split
+GENERATED = 5000  # of a generated one: fewer are learned by heart in the tour
+ASKED = 250  # questions of a generated task in "valid" and "test" each
 MIN_TEXT = 160  # characters of a document
 
 # task: (cluster, ten wordings); {x} is what is asked about, {y} a second thing
@@ -92,6 +97,20 @@ _WORDINGS = {
         "{x}"?|Copy the word at the end: {x}|Find the final word in {x}|{x} Last word?|Say the word
         that comes last. {x}""",
     ),
+    "first_word": (
+        "words",
+        """What is the first word: {x}|{x} - which word opens this?|Repeat the word at the start.
+        {x}|The line "{x}" begins with|Give the first word of: {x}|Which word leads "{x}"?|Copy the
+        word at the start: {x}|Find the opening word in {x}|{x} First word?|Say the word that comes
+        first. {x}""",
+    ),
+    "word_after": (
+        "words",
+        """Which word follows {y}: {x}|{x} - what comes after {y}?|After {y} there is what? {x}|In
+        "{x}", the word behind {y} is|Give the word right after {y}. {x}|{x} Next after {y}?|Find
+        {y}, say the next word: {x}|What stands after {y} in {x}|Line: {x} Word following {y}?|Read
+        on from {y}: {x}""",
+    ),
     "repeated_word": (
         "words",
         """Which word occurs twice: {x}|Find the repeated word. {x}|{x} -
@@ -119,6 +138,19 @@ _WORDINGS = {
         the word that occurs in: {x}|What word appears here? {x}|Line: {x}. Which word is in
         it?|Read: {x}. Which one was there?|{x} Choose the word from the line.|One of the words is
         in "{x}". Which?|Spot the word from this text: {x}|Which one is part of "{x}"?""",
+    ),
+    "text_word": (
+        "matching",
+        """Which word is in this text? {x}|{x} Which of these words was there?|Find a word of this
+        text: {x}|Documentation: {x} Which word is in it?|{x} Name a word from it.|Which word does
+        this use? {x}|Say a word that this has: {x}|Text: {x} One of its words?|{x} Choose the word
+        from the text.|Spot a word of the sentence: {x}""",
+    ),
+    "owned": (
+        "matching",
+        """{x} What has {y}?|{x} {y} has the|Read: {x} What is with {y}?|{x} Name the thing of
+        {y}.|Who has what? {x} And {y}?|{x} Which thing is {y}'s?|Look it up: {x} {y} has|{x} And
+        {y}, what is there?|List: {x} Thing of {y}?|{x} Say what {y} has.""",
     ),
     "prefix": (
         "matching",
@@ -194,15 +226,28 @@ _WORDINGS = {
         line says {x}?|Look for {x}. Which phrase?|The phrase with {x} is|Search {x}:|Pick the text
         that mentions {x}.""",
     ),
-    "same_ending": (
+    "sentence_with": (
         "text selection",
-        """Which word ends like {x}?|Find a word with the same end as
-        {x}.|{x} has the same last letters as|What ends as {x} does?|Match the ending of {x}.|Which
-        shares its end with {x}?|A word that finishes like {x}:|Pair {x} by its ending.|Like {x} at
-        the end:|The ending of {x} is also in""",
+        """Which sentence mentions {x}?|Find the sentence about {x}.|{x} is said in which
+        sentence?|Select the sentence containing {x}.|Where is {x} mentioned?|Which line of
+        documentation has {x}?|Look for {x}. Which sentence?|The sentence with {x} is|Search the
+        text for {x}:|Pick the sentence that names {x}.""",
+    ),
+    "gap_word": (
+        "cloze",
+        """{x} What fills the gap?|Fill in ___: {x}|{x} The missing word is|Which word is left
+        out? {x}|Text: {x} What stands for ___?|{x} Replace ___ by|Complete the text. {x}|What
+        belongs at ___? {x}|Read: {x} The word at ___ is|Say the word that is missing. {x}""",
+    ),
+    "missing_item": (
+        "cloze",
+        """{x} What is missing the second time?|Two lists, one word lost: {x}|{x} Which word was
+        left out?|Compare: {x} What is gone?|The lists {x} differ by|Find the absent word: {x}|{x}
+        Name what was forgotten.|Which one is no longer there? {x}|Lost from the second list:
+        {x}|{x} Which is not repeated?""",
     ),
     "spelled": (
-        "spelling",
+        "words",
         """What word is spelled {x}?|Join the letters {x}.|{x} makes|Read {x} as
         a word.|Put together: {x}|Which word is {x}?|Letters {x} give the word|Spell out: {x}|Write
         {x} as one word.|Without dashes, {x} is""",
@@ -211,8 +256,8 @@ _WORDINGS = {
         "state tracking",
         """{x} What does {y} have?|{x} {y} now has the|Follow the swaps. {x}
         {y} has|{x} In the end, {y} holds the|Who has what? {x} And {y}?|Track: {x} What is with
-        {y}?|{x} Name the thing of {y}.|After this, what has {y}? {x}|{x} Which thing is {y}'s?|Things
-        move: {x} {y} ends with the""",
+        {y}?|{x} Name the thing of {y}.|After this, what has {y}? {x}|{x} Which thing is
+        {y}'s?|Things move: {x} {y} ends with the""",
     ),
     "weekday": (
         "state tracking",
@@ -228,7 +273,7 @@ _WORDINGS = {
         is|Add what is missing: {x}|End {x} properly:""",
     ),
 }
-HELD_OUT = ("description matching", "text selection", "spelling", "state tracking")
+HELD_OUT = ("description matching", "text selection", "cloze", "state tracking")
 _INVERTED = (
     Template("The answer is {answer}. Write a question for it.", "{x}"),
     Template("Make up a task whose answer is {answer}.", "{x}"),
@@ -245,7 +290,7 @@ def _example(name: str, key: str, fields: dict, answer: str, wrong: Sequence[str
 
 def _generated(name: str, make: Callable) -> Objects:
     objects = {}
-    for i in range(SIZE):
+    for i in range(GENERATED):
         fields, answer, wrong, rationale = make(stable_random(name, i))
         key = " ".join(fields.values())
         objects[key] = _example(
@@ -264,9 +309,13 @@ def _choices(name: str, pairs: Sequence[tuple[str, str, str, str]], wrong: int =
     for key, question, answer, domain in pairs:
         others = [a for a in pools[split_of(key)] if a != answer]
         if len(others) >= wrong:
-            drawn = stable_random(name, question).sample(others, wrong)
-            fields = {"x": question}
-            objects.append((key, _example(name, question, fields, answer, drawn, domain=domain)))
+            rng, fields = stable_random(name, question), {"x": question}
+            drawn = rng.sample(others, min(len(others), 4 * wrong))
+            apart = [a for a in drawn if a not in question and question not in a][:wrong]
+            if len(apart) == wrong:
+                objects.append(
+                    (key, _example(name, question, fields, answer, apart, domain=domain))
+                )
     return objects
 
 
@@ -295,14 +344,55 @@ def _module_names(name: str) -> Objects:
 
 
 def _topic_titles(name: str) -> Objects:
-    """Paragraphs of a topic fall where the topic does; at most ten each, or a few would dominate."""
+    """Paragraphs fall where their topic does; those of several topics are left out."""
+    topics = [entry for entry in entries() if entry.kind == "topic"]
+    paragraphs = [[" ".join(p.split())[:120] for p in e.text.split("\n\n")] for e in topics]
+    count = Counter(text for texts in paragraphs for text in set(texts))
+    pairs = []
+    for entry, texts in zip(topics, paragraphs, strict=True):
+        own = [text for text in texts if len(text) >= 40 and count[text] == 1]
+        for text in own[:10]:  # alike for all, or a few long topics would dominate
+            pairs.append((entry.text, text, entry.name[:40], entry.domain))
+    return _choices(name, pairs)
+
+
+def _sentences(name: str) -> Objects:
+    """A rare word of a summary asks for the summary, among others that do not have it."""
+    pairs = []
+    for entry in _documented("function", 30, 90):
+        words = re.findall(r"\b[a-z]{5,}\b", entry.summary)
+        if words:
+            pairs.append((entry.text, max(words, key=len), entry.summary, entry.domain))
+    count = Counter(pair[1] for pair in pairs)
+    return _choices(name, [pair for pair in pairs if count[pair[1]] == 1])
+
+
+def _text_words(name: str) -> Objects:
+    """A word of a summary; the others are words of other summaries."""
     pairs = []
     for entry in entries():
-        if entry.kind == "topic":
-            texts = [" ".join(paragraph.split()) for paragraph in entry.text.split("\n\n")]
-            for text in [text for text in texts if len(text) >= 40][:10]:
-                pairs.append((entry.text, text[:120], entry.name[:40], entry.domain))
-    return _choices(name, pairs)
+        words = re.findall(r"\b[a-z]{4,}\b", entry.summary[:150])
+        if len(words) > 2:
+            word = stable_random(name, entry.text).choice(words)
+            pairs.append((entry.text, entry.summary[:150], word, entry.domain))
+    pairs.sort(key=lambda pair: stable_random(pair[0]).random())
+    return _choices(name, pairs[:GENERATED])
+
+
+def _gaps(name: str) -> Objects:
+    """A word that a text says twice, hidden the second time; the others do not occur in it."""
+    pairs = []
+    for entry in entries():
+        text = " ".join(entry.text.split())[:200]
+        words = re.findall(r"\b[a-z]{5,}\b", text)
+        again = [w for w in dict.fromkeys(words) if words.count(w) == 2]
+        if entry.kind in ("function", "class") and again:
+            word = again[0]
+            at = text.index(word, text.index(word) + len(word))
+            hidden = f"{text[:at]}___{text[at + len(word) :]}".rpartition(" ")[0]
+            pairs.append((entry.text, hidden, word, entry.domain))
+    pairs.sort(key=lambda pair: stable_random(pair[0]).random())
+    return _choices(name, pairs[:SIZE])
 
 
 def _owners(name: str) -> Objects:
@@ -351,6 +441,9 @@ _REAL: dict[str, Callable[[str], Objects]] = {
     "zone_region": _zones,
     "function_name": _by_summary("function"),
     "class_name": _by_summary("class"),
+    "text_word": _text_words,
+    "sentence_with": _sentences,
+    "gap_word": _gaps,
 }
 
 
@@ -361,10 +454,12 @@ def _objects(name: str) -> tuple[tuple[str, Example], ...]:
 
 
 def _load(name: str, split: str) -> list[Example]:
-    if name not in _REAL and _WORDINGS[name][0] in HELD_OUT:
+    part, generated = split, name not in _REAL
+    if generated and _WORDINGS[name][0] in HELD_OUT:
         # never trained on: few exemplars and many questions, so the two parts swap roles
-        split = {"train": "test", "test": "train"}.get(split, split)
-    return [example for key, example in _objects(name) if split_of(key) == split]
+        part = {"train": "test", "test": "train"}.get(split, split)
+    found = [example for key, example in _objects(name) if split_of(key) == part]
+    return found[:ASKED] if generated and split != "train" else found
 
 
 @lru_cache(maxsize=1)

@@ -192,5 +192,5 @@ def restore(
             current = spans.setdefault(token, [])
         elif token != EOS:
             current.append(token)
-    shown = ([t] if t not in spans else spans[t] for t in inputs.tolist() if t != EOS)
+    shown = (spans.get(t, [t]) for t in inputs.tolist() if t != EOS)
     return np.array([t for each in shown for t in each], np.int32)

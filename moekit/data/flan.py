@@ -50,7 +50,7 @@ FLAN2022 = {
     ),
     "dialog": SubMixture(0.03, 200_000, Formats(no_options=0.0, inverted=_INVERTED)),
 }
-BUILTIN_FORMATS = Formats(few_shot=0.25, no_options=0.25, chain_of_thought=0.25, inverted=0.1)
+BUILTIN_FORMATS = Formats(few_shot=0.25, no_options=0.6, chain_of_thought=0.1, inverted=0.05)
 NAMES = ("builtin", "flan2022")
 
 

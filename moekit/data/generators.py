@@ -10,7 +10,20 @@ from collections.abc import Sequence
 Made = tuple[dict[str, str], str, Sequence[str], str]
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "keys", "cups", "hats")
-WORDS = ["river", "stone", "cloud", "garden", "window", "yellow", "market", "castle", "bridge", "winter", "silver", "forest", "pencil", "orange", "rabbit", "planet", "summer", "button", "candle", "doctor", "engine", "farmer", "guitar", "hammer", "island", "jacket", "kitten", "ladder", "mirror", "needle", "office", "palace", "ribbon", "saddle", "tunnel", "valley", "wagon", "zebra", "anchor", "basket", "camel", "dragon", "eagle", "flower", "goblet", "honey", "iron", "jungle", "kettle", "lemon", "maple", "nest", "olive", "pepper", "quilt", "rocket", "sugar", "tiger", "uncle", "velvet", "wheel", "yarn", "acorn", "bottle", "copper", "desert", "ember", "fabric", "gravel", "hollow", "insect", "jewel", "knight", "lantern", "magnet", "napkin", "oyster", "parrot", "quarry", "raven", "salmon", "temple", "umpire", "violin", "walnut", "yogurt", "zipper", "almond", "beacon", "cactus", "donkey", "eleven", "feather", "glacier", "harbor", "igloo", "jigsaw", "kidney", "lobster", "meadow", "nickel", "orchid", "puzzle", "quiver", "rabble", "shovel", "turtle", "urchin", "vessel", "willow", "yonder", "zigzag", "apron", "blanket", "cinema", "dollar", "easel", "fossil", "goblin", "hermit", "ivory", "jockey", "kernel", "lizard", "marble", "noodle", "otter", "pigeon", "quartz", "riddle", "spider", "thunder", "utopia", "vacuum", "whisper", "yeoman", "author", "barrel", "cherry", "dinner", "estate", "famous", "gentle", "humble", "invent", "juggle", "keeper", "laptop", "method", "normal", "object", "picnic", "rescue", "simple", "travel", "update", "vision", "wonder"]
+WORDS = """
+    river stone cloud garden window yellow market castle bridge winter silver forest pencil
+    orange rabbit planet summer button candle doctor engine farmer guitar hammer island jacket
+    kitten ladder mirror needle office palace ribbon saddle tunnel valley wagon zebra anchor
+    basket camel dragon eagle flower goblet honey iron jungle kettle lemon maple nest olive
+    pepper quilt rocket sugar tiger uncle velvet wheel yarn acorn bottle copper desert ember
+    fabric gravel hollow insect jewel knight lantern magnet napkin oyster parrot quarry raven
+    salmon temple umpire violin walnut yogurt zipper almond beacon cactus donkey eleven feather
+    glacier harbor igloo jigsaw kidney lobster meadow nickel orchid puzzle quiver rabble shovel
+    turtle urchin vessel willow yonder zigzag apron blanket cinema dollar easel fossil goblin
+    hermit ivory jockey kernel lizard marble noodle otter pigeon quartz riddle spider thunder
+    utopia vacuum whisper yeoman author barrel cherry dinner estate famous gentle humble invent
+    juggle keeper laptop method normal object picnic rescue simple travel update vision wonder
+""".split()  # noqa: SIM905  the list would be a line a word
 
 
 def _near(rng: random.Random, value: int, n: int = 3) -> list[str]:
@@ -97,6 +110,18 @@ def last_word(rng: random.Random) -> Made:
     return {"x": " ".join(words)}, words[-1], words[:-1], f"The list ends with {words[-1]}."
 
 
+def first_word(rng: random.Random) -> Made:
+    words = rng.sample(WORDS, 4)
+    return {"x": " ".join(words)}, words[0], words[1:], f"The list begins with {words[0]}."
+
+
+def word_after(rng: random.Random) -> Made:
+    words, i = rng.sample(WORDS, 5), rng.randrange(4)
+    asked, answer = words[i], words[i + 1]
+    rest = [w for w in words if w not in (asked, answer)]
+    return {"x": " ".join(words), "y": asked}, answer, rest, f"{asked} is before {answer}."
+
+
 def repeated_word(rng: random.Random) -> Made:
     words = rng.sample(WORDS, 4)
     line = [*words, words[0]]
@@ -108,6 +133,14 @@ def mentioned(rng: random.Random) -> Made:
     words = rng.sample(WORDS, 8)
     text, said = words[:5], rng.choice(words[:5])
     return {"x": " ".join(text)}, said, words[5:], f"{said} is in the line."
+
+
+def owned(rng: random.Random) -> Made:
+    people, things = rng.sample(NAMES, 4), rng.sample(WORDS, 4)
+    text = ". ".join(f"{p} has the {t}" for p, t in zip(people, things, strict=True)) + "."
+    i = rng.randrange(4)
+    rest = [t for t in things if t != things[i]]
+    return {"x": text, "y": people[i]}, things[i], rest, f"{people[i]} has the {things[i]}."
 
 
 def prefix(rng: random.Random) -> Made:
@@ -168,13 +201,13 @@ def phrase_with(rng: random.Random) -> Made:
     return {"x": key}, phrases[0], phrases[1:], f"{key} is in {phrases[0]}."
 
 
-def same_ending(rng: random.Random) -> Made:
-    pairs = [
-        (a, b) for a in WORDS for b in WORDS if a < b and a[-2:] == b[-2:] and a[-3:] != b[-3:]
-    ]
-    a, b = rng.choice(pairs)
-    others = rng.sample([w for w in WORDS if w[-2:] != a[-2:]], 3)
-    return {"x": a}, b, others, f"Both {a} and {b} end with {a[-2:]}."
+def missing_item(rng: random.Random) -> Made:
+    words = rng.sample(WORDS, 7)
+    first, lost = words[:4], rng.choice(words[:4])
+    second = [w for w in first if w != lost]
+    rng.shuffle(second)
+    text = f"{' '.join(first)}; {' '.join(second)}."
+    return {"x": text}, lost, words[4:], f"{lost} is in the first list only."
 
 
 def swaps(rng: random.Random) -> Made:

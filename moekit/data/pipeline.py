@@ -1,8 +1,8 @@
 """From examples to batches of fixed shape: tokenize, pack, batch, resume (grain).
 
 B batch, L input length, T target length. A source is anything with
-`token_pairs(tokenizer, *, input_length, target_length, seed, split, shuffle, repeat)`: a `Corpus` or
-a `Mixture`. Batch i is a function of seed, i and the source.
+`token_pairs(tokenizer, *, input_length, target_length, seed, split, shuffle, repeat)`: a `Corpus`
+or a `Mixture`. Batch i is a function of seed, i and the source.
 """
 
 import warnings

@@ -54,7 +54,7 @@ def test_spans_are_drawn_anew_each_epoch_but_fixed_by_the_seed():
 
 
 def test_empty_text_and_split_are_errors():
-    with pytest.raises(ValueError, match="'chapter 3'.*empty"):
+    with pytest.raises(ValueError, match=r"'chapter 3'.*empty"):
         Document("  \n", "chapter 3", "books")
     with pytest.raises(ValueError, match="no documents in split 'valid'"):
         Corpus("none", lambda split: []).documents("valid")

@@ -72,7 +72,7 @@ def test_shards_are_disjoint_and_complete():
         return [i.tobytes() for batch in stream for _, i, *_ in rows(batch)]
 
     parts = [texts((i, 3)) for i in range(3)]
-    assert sorted(sum(parts, [])) == sorted(texts((0, 1)))
+    assert sorted(text for part in parts for text in part) == sorted(texts((0, 1)))
 
 
 def test_pad_prompts():

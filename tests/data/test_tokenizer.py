@@ -9,7 +9,7 @@ from moekit.data.tokenizer import (
     train_sentencepiece,
 )
 
-TEXT = ["The quick brown fox jumps over the lazy dog near river %d." % i for i in range(400)]
+TEXT = [f"The quick brown fox jumps over the lazy dog near river {i}." for i in range(400)]
 
 
 @pytest.fixture(scope="module")
