@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "analysis.balance": "balance_table",
-    "analysis.figures": "plot_coactivation plot_domain_distance plot_domain_specialization "
-    "plot_expert_load plot_learning_curves plot_scores plot_specialization "
-    "plot_task_specialization plot_token_specialization save_figure",
-    "analysis.specialization": "domain_specialization task_specialization token_specialization",
+    "analysis.figures": "plot_bars plot_coactivation plot_domain_distance "
+    "plot_domain_specialization plot_expert_load plot_learning_curves plot_packing plot_rates "
+    "plot_routing plot_scores plot_specialization plot_task_specialization "
+    "plot_token_specialization save_figure show",
+    "analysis.specialization": "domain_specialization saturation task_specialization "
+    "token_specialization",
     "analysis.trace": "RouterTrace trace_routing text_prompts",
     "checkpoint": "load save",
     "config": "PRESETS ModelConfig TrainConfig preset",
@@ -30,10 +32,10 @@ _HOMES = {
     "evaluate": "evaluate evaluation_callback",
     "generate": "generate",
     "metrics": "Metrics",
-    "model.transformer": "EncoderDecoder auxiliary_losses",
+    "model.transformer": "EncoderDecoder auxiliary_losses with_config",
     "moe.layer": "LayerStats MoE TokenRouting",
     "moe.routing": "ExpertChoice GShard Hash LossFree Random Routing Switch TopK assign",
-    "recipes": "StudyConfig finetune instruction_tune pretrain study",
+    "recipes": "Lab StudyConfig finetune instruction_tune pretrain study",
     "scores": "Scores compare",
     "sharding": "make_mesh",
     "train": "Run train",

@@ -30,6 +30,10 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, meta: dict, **items: dict) -> None:
         """Write named nested dicts of arrays and JSON-ready facts; returns when they are on disk.
 
@@ -92,15 +96,20 @@ def save(path: str | Path, model: EncoderDecoder) -> None:
 
 
 def load(
-    path: str | Path, *, cfg: ModelConfig | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    step: int | None = None,
+    cfg: ModelConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> EncoderDecoder:
-    """The model of a folder that `save` or `train` wrote, newest checkpoint.
+    """The model of a folder that `save` or `train` wrote.
 
     Args:
+      step: default the newest checkpoint.
       cfg: expected configuration (needed for a router of your own).
 
     Raises:
-      FileNotFoundError: no checkpoint there.
+      FileNotFoundError: no checkpoint there, or none of that step.
       ValueError: a checkpoint of another configuration (naming the fields that differ).
     """
     path = Path(path)
@@ -108,7 +117,9 @@ def load(
     if not folder.is_dir() or not any(child.name.isdigit() for child in folder.iterdir()):
         raise FileNotFoundError(f"no checkpoint in {path}: give a folder written by train or save")
     checkpoints = Checkpoints(folder)
-    step = checkpoints.latest()
+    if step not in (None, *checkpoints.steps()):
+        raise FileNotFoundError(f"{path} has no step {step}, only {checkpoints.steps()}")
+    step = checkpoints.latest() if step is None else step
     saved = checkpoints.meta(step)["model"]
     if cfg is not None and (difference := differing(saved, to_json(cfg.to_dict()))):
         raise ValueError(f"{path} holds a model of another configuration ({difference})")

@@ -316,7 +316,8 @@ class StudyConfig:
       size: "nano" or "mini".
       flavours: the models to compare.
       pretrain_steps, tune_steps: of batch_tokens each.
-      limits: questions a task (NIv2, BBH) and of a single set.
+      limits: questions a task of suites with more than 20 tasks, and of smaller ones.
+      options: show a question's options when asking (they are ranked all the same).
       out: results go to out/results, figures to out/figures; workdir keeps checkpoints.
     """
 
@@ -324,12 +325,12 @@ class StudyConfig:
     size: str = "nano"
     flavours: tuple[str, ...] = ("t5", "st")
     pretrain_steps: int = 600
-    tune_steps: int = 400
+    tune_steps: int = 900
     batch_tokens: int = 5120
     input_length: int = 256
     target_length: int = 64
-    vocab_size: int = 8192
     limits: tuple[int, int] = (6, 150)
+    options: bool = True
     seed: int = 0
     name: str = ""
     out: Path = Path("assets")
@@ -342,6 +343,10 @@ class StudyConfig:
             raise unknown("size", self.size, ("nano", "mini"))
         for flavour in self.flavours:
             preset(f"{flavour}-{self.size}")
+
+    @property
+    def vocab_size(self) -> int:
+        return {"nano": 1024, "mini": 8192}[self.size]
 
     @property
     def title(self) -> str:

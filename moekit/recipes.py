@@ -5,12 +5,14 @@ FLAN mixture, finetuning on one task. `study` does all of it for a dense and a s
 equal FLOPs per token and records one JSON; `figures` draws from such records.
 """
 
+import functools
+import hashlib
 import json
 import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ import numpy as np
 from moekit.analysis import figures as draw
 from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.specialization import Specialization, domain_specialization
-from moekit.analysis.trace import text_prompts, trace_routing
+from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
 from moekit.config import ModelConfig, StudyConfig, TrainConfig, preset
 from moekit.data.corruption import Corpus
-from moekit.data.flan import Mixture, flan_mixture
+from moekit.data.flan import Formats, Mixture, flan_mixture
 from moekit.data.pipeline import batches, unigram_entropy
 from moekit.data.sources import corpus as open_corpus
 from moekit.data.sources import data_dir
@@ -32,12 +34,13 @@ from moekit.data.tasks import Task
 from moekit.data.tokenizer import load_tokenizer, train_sentencepiece
 from moekit.evaluate import evaluate
 from moekit.metrics import Metrics
-from moekit.model.transformer import EncoderDecoder
+from moekit.model.transformer import EncoderDecoder, with_config
+from moekit.scores import Scores
 from moekit.train import Run, train
 
 # Adafactor multiplies by the scale of each parameter; the rate falls as 1 / sqrt(step)
 PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)
-TUNE = TrainConfig(learning_rate=1e-2, schedule="constant", warmup_steps=20)
+TUNE = TrainConfig(learning_rate=2e-2, schedule="constant", warmup_steps=20)
 FLAN_DROPOUT = {"dropout": 0.05, "expert_dropout": 0.2}  # Shen 2023
 
 
@@ -60,26 +63,127 @@ def finetune(model: EncoderDecoder, task: Task, config: TrainConfig = TUNE, **kw
 
 def single_task(task: Task) -> Mixture:
     """A mixture of one task, zero-shot with options, as it will be asked."""
-    from moekit.data.flan import Formats
-
     formats = Formats(few_shot=0.0, no_options=0.0)
     return Mixture(task.name, (task,), (1.0,), (formats,), ("finetuning",))
 
 
-def _stage(study: StudyConfig, base: TrainConfig, steps: int) -> TrainConfig:
-    return base.replace(
-        steps=steps,
-        batch_tokens=study.batch_tokens,
-        input_length=study.input_length,
-        target_length=study.target_length,
-        eval_every=max(1, steps // 6),
-        save_every=max(1, steps // 3),
-        seed=study.seed,
-    )
-
-
 _HELD_IN = {"builtin": ("builtin-heldin",), "mirror": ("niv2-valid", "boolq", "arc_easy")}
 _HELD_OUT = {"builtin": ("builtin",), "mirror": ("niv2-test", "bbh")}
+
+
+class Lab:
+    """What the stages of a study share: text, tokenizer, mixture, suites, settings.
+
+    Stages keep their checkpoints in the study's workdir: asked for again, they take up what is
+    there instead of training twice.
+
+    Raises:
+      FileNotFoundError: source "mirror" without a data folder.
+    """
+
+    def __init__(self, config: StudyConfig):
+        self.config = config
+        self.corpus = open_corpus(config.source)
+        self.mixture = flan_mixture("flan2022" if config.source == "mirror" else "builtin")
+        self.held_in = [suite(name) for name in _HELD_IN[config.source]]
+        self.held_out = [suite(name) for name in _HELD_OUT[config.source]]
+        config.workdir.mkdir(parents=True, exist_ok=True)
+        path = config.workdir / f"tokenizer-{config.vocab_size}.model"
+        if not path.exists():
+            train_sentencepiece(self._tokenizer_texts(), path, config.vocab_size)
+        self.tokenizer_path, self.tokenizer = path, load_tokenizer(path)
+
+    def _tokenizer_texts(self) -> list[str]:
+        """Every seventh document, which is plenty for a unigram model; and of the embedded tasks
+        some prompts, for their words are not those of the embedded text."""
+        texts = [document.text for document in self.corpus.documents("train")[::7]]
+        if self.config.source == "builtin":
+            texts += [f"{p.input}\n{p.target}" for p in self.mixture.sample(3000)]
+        return texts
+
+    @functools.cached_property
+    def unigram_entropy(self) -> float:
+        """Of the span-corruption targets of held-out text, nats a token."""
+        lengths = {"input_length": self.config.input_length, "batch_size": 16}
+        lengths["target_length"] = self.config.target_length
+        stream = batches(
+            self.corpus, self.tokenizer, seed=0, split="valid", repeat=False, **lengths
+        )
+        some = [batch for batch, _ in zip(stream, range(64), strict=False)]
+        return unigram_entropy(some, self.tokenizer.vocab_size)
+
+    def model_config(self, flavour: str, **changes) -> ModelConfig:
+        cfg = preset(f"{flavour}-{self.config.size}")
+        spec = {"tokenizer": str(self.tokenizer_path), "vocab_size": self.tokenizer.vocab_size}
+        return cfg.replace(**spec | changes)
+
+    def stage(self, base: TrainConfig, steps: int) -> TrainConfig:
+        """A stage's settings: six evaluations, three checkpoints."""
+        return base.replace(
+            steps=steps,
+            batch_tokens=self.config.batch_tokens,
+            input_length=self.config.input_length,
+            target_length=self.config.target_length,
+            eval_every=max(1, steps // 6),
+            save_every=max(1, steps // 3),
+            seed=self.config.seed,
+        )
+
+    def pretrain(self, flavour: str, **changes) -> Run:
+        """Span corruption from a fresh model; `changes` go to its configuration, `name` among them
+        (it also names the folder)."""
+        model = EncoderDecoder(self.model_config(flavour, **changes), seed=self.config.seed)
+        stage = self.stage(PRETRAIN, self.config.pretrain_steps)
+        return pretrain(
+            model, self.corpus, stage, workdir=self.config.workdir / model.cfg.name / "pretrain"
+        )
+
+    def tune(self, model: EncoderDecoder, **kw) -> Run:
+        """The FLAN stage on a copy of the model: dropout belongs to this stage alone."""
+        model = with_config(model, model.cfg.replace(**FLAN_DROPOUT))
+        return instruction_tune(
+            model,
+            self.mixture,
+            self.stage(TUNE, self.config.tune_steps),
+            workdir=self.config.workdir / model.cfg.name / "tune",
+            eval_source=_validated(self.mixture),
+            **kw,
+        )
+
+    def scores(self, model: EncoderDecoder) -> list[Scores]:
+        """Zero-shot scores on the held-in suites, then on the held-out ones."""
+        few, many = self.config.limits
+        return [
+            evaluate(
+                model,
+                each,
+                limit=few if len(each.tasks) > 20 else many,
+                max_new_tokens=24,
+                options=self.config.options,
+            )
+            for each in (*self.held_in, *self.held_out)
+        ]
+
+    def trace(self, model: EncoderDecoder) -> RouterTrace:
+        """The routing of held-out text, as many pieces of each domain."""
+        per_domain = 96 if len(self.corpus.domains) < 6 else 32
+        length = self.config.input_length
+        prompts = text_prompts(self.corpus, per_domain, characters=min(600, length * 3))
+        return trace_routing(model, prompts, input_length=length, target_length=8)
+
+    def facts(self) -> dict[str, Any]:
+        """Digests and sizes of the data."""
+        facts = {
+            "corpus": self.corpus.digest(),
+            "tokenizer": self.tokenizer.digest(),
+            "mixture": self.mixture.digest(),
+            "documents": len(self.corpus.documents("train")),
+            "tasks": len(self.mixture.tasks),
+        }
+        manifest = self.config.source == "mirror" and data_dir() / "manifest.json"
+        if manifest and manifest.is_file():
+            facts["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+        return facts
 
 
 def study(config: StudyConfig) -> dict:
@@ -91,18 +195,16 @@ def study(config: StudyConfig) -> dict:
       FileNotFoundError: source "mirror" without a data folder.
     """
     started = time.time()
-    data = _Data(config)
-    for folder in (config.out / "results", config.out / "figures", config.workdir):
+    lab = Lab(config)
+    for folder in (config.out / "results", config.out / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
-    models = {}
-    for flavour in config.flavours:
-        models[flavour] = _one_model(config, data, data.model_config(flavour))
+    models = {flavour: _one_model(lab, flavour) for flavour in config.flavours}
     results = {
         "kind": "study",
         "config": json.loads(json.dumps(asdict(config), default=str)),
         "environment": environment(),
-        "data": data.facts(),
-        "unigram_entropy": data.entropy,
+        "data": lab.facts(),
+        "unigram_entropy": lab.unigram_entropy,
         "models": models,
         "seconds": round(time.time() - started, 1),
     }
@@ -114,92 +216,29 @@ def study(config: StudyConfig) -> dict:
     return results
 
 
-class _Data:
-    """Corpus, tokenizer, mixture and suites of a study."""
-
-    def __init__(self, config: StudyConfig):
-        self.config = config
-        mirror = config.source == "mirror"
-        self.corpus = open_corpus(config.source)
-        self.mixture = flan_mixture("flan2022" if mirror else "builtin")
-        names = (*_HELD_IN[config.source], *_HELD_OUT[config.source])
-        self.suites = {name: suite(name) for name in names}
-        self.tokenizer_spec = str(self._tokenizer(config)) if mirror else "byte"
-        self.tokenizer = load_tokenizer(self.tokenizer_spec)
-        lengths = {"input_length": config.input_length, "target_length": config.target_length}
-        stream = batches(
-            self.corpus,
-            self.tokenizer,
-            batch_size=16,
-            seed=0,
-            split="valid",
-            repeat=False,
-            **lengths,
-        )
-        some = [batch for batch, _ in zip(stream, range(64), strict=False)]
-        self.entropy = unigram_entropy(some, self.tokenizer.vocab_size)
-
-    def _tokenizer(self, config: StudyConfig) -> Path:
-        """Trained once on every seventh document, which is plenty for a unigram model."""
-        path = config.workdir / f"tokenizer-{config.vocab_size}.model"
-        if not path.exists():
-            texts = (d.text for d in self.corpus.documents("train")[::7])
-            train_sentencepiece(texts, path, config.vocab_size)
-        return path
-
-    def model_config(self, flavour: str) -> ModelConfig:
-        cfg = preset(f"{flavour}-{self.config.size}")
-        return cfg.replace(tokenizer=self.tokenizer_spec, vocab_size=self.tokenizer.vocab_size)
-
-    def facts(self) -> dict[str, Any]:
-        facts = {
-            "corpus": self.corpus.digest(),
-            "tokenizer": self.tokenizer.digest(),
-            "mixture": self.mixture.digest(),
-            "documents": len(self.corpus.documents("train")),
-            "tasks": len(self.mixture.tasks),
-        }
-        manifest = self.config.source == "mirror" and data_dir() / "manifest.json"
-        if manifest and manifest.is_file():
-            import hashlib
-
-            facts["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
-        return facts
-
-
-def _one_model(config: StudyConfig, data: _Data, cfg: ModelConfig) -> dict:
+def _one_model(lab: Lab, flavour: str) -> dict:
     """One model through pretraining and the FLAN stage, asked before and after."""
-    folder = config.workdir / cfg.name
-    pre, tune = (
-        _stage(config, PRETRAIN, config.pretrain_steps),
-        _stage(config, TUNE, config.tune_steps),
-    )
-    model = EncoderDecoder(cfg, seed=config.seed)
-    pretrained = pretrain(model, data.corpus, pre, workdir=folder / "pretrain")
-    before = _scores(config, data, model)
-    routing_before = _routing(data, model, folder / "pretrain")
-    # dropout belongs to the FLAN stage alone: a fresh module around the same parameters
-    model = _with_config(model, cfg.replace(**FLAN_DROPOUT))
-    tuned = instruction_tune(
-        model, data.mixture, tune, workdir=folder / "tune", eval_source=_Valid(data.mixture)
-    )
+    pretrained = lab.pretrain(flavour)
+    model, folder = pretrained.model, pretrained.workdir.parent
+    before = [scores.to_dict() for scores in lab.scores(model)]
+    routing_before = _routing(lab, model, folder / "pretrain")
+    tuned = lab.tune(model)
+    cfg, pre = model.cfg, pretrained.config
     encoder, decoder = cfg.flops_per_token()
-    steps = pre.steps + tune.steps
+    rows = (pre.steps + tuned.config.steps) * pre.batch_size
+    per_row = encoder * pre.input_length + decoder * pre.target_length
     return {
-        "config": cfg.to_dict() | {"tokenizer": Path(str(cfg.tokenizer)).name},
+        "config": cfg.to_dict() | {"tokenizer": lab.tokenizer_path.name},
         "parameters": cfg.num_parameters()._asdict(),
         "flops_per_token": {"encoder": encoder, "decoder": decoder},
-        "tokens": steps * pre.batch_size * (pre.input_length + pre.target_length),
-        "training_flops": 3.0
-        * steps
-        * pre.batch_size
-        * (encoder * pre.input_length + decoder * pre.target_length),
+        "tokens": rows * (pre.input_length + pre.target_length),
+        "training_flops": 3.0 * rows * per_row,  # a backward pass is two forward ones
         "pretrain": pretrained.metrics.rows,
         "tune": tuned.metrics.rows,
         "before": before,
-        "after": _scores(config, data, model),
+        "after": [scores.to_dict() for scores in lab.scores(tuned.model)],
         "routing_before": routing_before,
-        "routing_after": _routing(data, model, folder / "tune"),
+        "routing_after": _routing(lab, tuned.model, folder / "tune"),
     }
 
 
@@ -223,24 +262,6 @@ def summary(results: dict) -> str:
     return "\n".join([*lines, *results["figures"]])
 
 
-def _with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:
-    from flax import nnx
-
-    changed = EncoderDecoder(cfg, mesh=model.mesh)
-    nnx.update(changed, nnx.state(model))
-    return changed
-
-
-@dataclass(frozen=True)
-class _Valid:
-    """The validation split of those tasks that have one."""
-
-    mixture: Mixture
-
-    def token_pairs(self, tokenizer, **kwargs):
-        return _validated(self.mixture).token_pairs(tokenizer, **kwargs)
-
-
 def _validated(mixture: Mixture) -> Mixture:
     def has(task: Task) -> bool:
         try:
@@ -256,23 +277,11 @@ def _validated(mixture: Mixture) -> Mixture:
     return replace(mixture, **pick)
 
 
-def _scores(config: StudyConfig, data: _Data, model: EncoderDecoder) -> list[dict]:
-    scores = []
-    for each in data.suites.values():
-        limit = config.limits[0] if len(each.tasks) > 20 else config.limits[1]
-        scores.append(evaluate(model, each, limit=limit, max_new_tokens=24).to_dict())
-    return scores
-
-
-def _routing(data: _Data, model: EncoderDecoder, folder: Path) -> dict | None:
+def _routing(lab: Lab, model: EncoderDecoder, folder: Path) -> dict | None:
     """Balance and domain specialization of the encoder on labelled text."""
     if not model.cfg.num_experts:
         return None
-    per_domain = 96 if len(data.corpus.domains) < 6 else 32
-    prompts = text_prompts(
-        data.corpus, per_domain, characters=min(600, data.config.input_length * 3)
-    )
-    trace = trace_routing(model, prompts, input_length=data.config.input_length, target_length=8)
+    trace = lab.trace(model)
     trace.save(folder / "trace.npz")
     result = domain_specialization(trace)
     return {

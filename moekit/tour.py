@@ -66,7 +66,8 @@ def _execute(notebook, path: Path) -> int:
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
-        raise ValueError(f"notebook {path.stem} failed: {_last_lines(str(error))}") from None
+        problem = f"{error.ename}: {error.evalue}"
+        raise ValueError(f"notebook {path.stem} failed: {problem[:400]}") from None
     except nbclient.exceptions.CellTimeoutError:
         raise ValueError(f"notebook {path.stem}: a cell took more than {TIMEOUT} s") from None
     del notebook.cells[0]
@@ -76,11 +77,6 @@ def _execute(notebook, path: Path) -> int:
         cell.execution_count = count
         cell.outputs = [_clean(output, count) for output in cell.outputs if _kept(output)]
     return len(code)
-
-
-def _last_lines(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return " | ".join(lines[-2:])[:400]
 
 
 def _kept(output) -> bool:

@@ -1,6 +1,7 @@
 """Pictures of traces, metrics and scores. Each takes data and returns a matplotlib figure; greys
 and hatches that survive printing, no dates, so the same data gives the same file."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from moekit.analysis.specialization import (
     token_specialization,
 )
 from moekit.analysis.trace import RouterTrace
+from moekit.data.flan import Mixture
+from moekit.data.pipeline import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.metrics import Metrics
+from moekit.moe.routing import Routing
 
 matplotlib.rcParams["svg.hashsalt"] = "moekit"
 LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))
@@ -35,6 +39,81 @@ def save_figure(fig, path: str | Path) -> Path:
     fig.savefig(path, dpi=110, metadata=quiet)
     plt.close(fig)
     return path
+
+
+def show(fig, name: str):
+    """Save as {name}.png in the folder MOEKIT_FIGURES (default figures/); returns the figure, for
+    a notebook to display as the last line of a cell."""
+    save_figure(fig, Path(os.environ.get("MOEKIT_FIGURES", "figures")) / f"{name}.png")
+    return fig
+
+
+def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()):
+    """Each router's probabilities by token and expert; a number is the slot that a choice got, a
+    cross a choice that was dropped."""
+    fig, axes = _grid(len(routings), width=3.0, height=3.4)
+    for ax, (name, routing) in zip(axes, routings.items(), strict=True):
+        probs = np.asarray(routing.probs)
+        size, experts = probs.shape
+        image = ax.imshow(probs, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        for s, k in np.argwhere(np.asarray(routing.expert_index) < experts):
+            expert, slot = int(routing.expert_index[s, k]), int(routing.slot[s, k])
+            kept = slot < experts * routing.capacity
+            color = "white" if probs[s, expert] > 0.5 else "black"
+            text = str(slot % routing.capacity) if kept else "x"
+            ax.text(expert, s, text, ha="center", va="center", color=color, fontsize=9)
+        ax.set(title=f"{name} (capacity {routing.capacity})", xlabel="expert", ylabel="token")
+        ax.set_xticks(range(experts))
+        ax.set_yticks(range(size), tokens or range(size))
+    fig.colorbar(image, ax=axes, label="router probability")
+    return fig
+
+
+def plot_rates(mixture: Mixture):
+    """Share of every cluster in a mixture, with the number of its tasks."""
+    rates: dict[str, list[float]] = {}
+    for task in mixture.tasks:
+        rates.setdefault(task.cluster, []).append(mixture.rates[task.name])
+    order = sorted(rates, key=lambda cluster: sum(rates[cluster]))
+    fig, ax = plt.subplots(figsize=(6.5, 0.8 + 0.28 * len(order)), layout="constrained")
+    total = [sum(rates[cluster]) for cluster in order]
+    ax.barh(order, total, color="0.6", edgecolor="0.2")
+    for y, cluster in enumerate(order):
+        ax.annotate(f" {len(rates[cluster])} tasks", (total[y], y), va="center", fontsize=8)
+    ax.set(xlabel="share of all examples", title=f"Clusters of {mixture.name}")
+    ax.set_xlim(0, max(total) * 1.2)
+    return fig
+
+
+def plot_packing(batch: Batch):
+    """Which example each position of a packed batch belongs to; white is padding."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for ax, name in zip(axes, ("input", "target"), strict=True):
+        segments = np.asarray(getattr(batch, f"{name}_segments"))
+        used = (segments > 0).mean()
+        shade = np.where(segments > 0, segments % 2 + 1, 0)  # neighbours differ
+        ax.imshow(shade, cmap="Greys", vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+        title = f"{name}s: {used:.0%} of positions used"
+        ax.set(title=title, xlabel="position (tokens)", ylabel="row of the batch")
+    return fig
+
+
+def plot_bars(groups: Mapping[str, Mapping[str, float]], label: str, title: str, line=None):
+    """Grouped bars {series: {bar: value}} with an optional (name, level) to compare with."""
+    names = list(next(iter(groups.values())))
+    fig, ax = plt.subplots(figsize=(2.5 + 1.1 * len(names), 3.4), layout="constrained")
+    width = 0.8 / len(groups)
+    for i, (series, values) in enumerate(groups.items()):
+        x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
+        shade, hatch = GREYS[i % len(GREYS)], HATCHES[i % len(HATCHES)]
+        heights = [values[name] for name in names]
+        ax.bar(x, heights, width, color=shade, hatch=hatch, edgecolor="black", lw=0.6, label=series)
+    if line:
+        ax.axhline(line[1], color="black", ls="--", lw=1, label=line[0])
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel=label, title=title)
+    ax.legend(frameon=False, fontsize=8)
+    return fig
 
 
 def _grid(panels: int, width: float = 3.6, height: float = 2.6, columns: int = 4):

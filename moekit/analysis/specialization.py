@@ -162,6 +162,22 @@ def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray
     return pairs / np.maximum(alone, 1)[:, :, None]
 
 
+def saturation(
+    early: RouterTrace, late: RouterTrace, stack: str = "encoder"
+) -> Float[np.ndarray, "Y"]:
+    """Share of the late trace's choices that the early one made as well, |E_t & E_T| / |E_T|
+    (Muennighoff 2024); 1 when routing has settled.
+
+    Raises:
+      ValueError: the traces are not of the same prompts.
+    """
+    a, b = early.stack(stack), late.stack(stack)
+    if a.token.shape != b.token.shape or (a.token != b.token).any():
+        raise ValueError("the two traces are of different prompts: trace the same ones twice")
+    same = (a.expert[:, :, :, None] == b.expert[:, :, None, :]).any(2) & (b.expert >= 0)
+    return same.sum((1, 2)) / np.maximum((b.expert >= 0).sum((1, 2)), 1)
+
+
 def repetition(
     trace: RouterTrace, stack: str = "encoder"
 ) -> tuple[Float[np.ndarray, "Y"], Float[np.ndarray, "Y"]]:

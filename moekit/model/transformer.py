@@ -418,6 +418,14 @@ class EncoderDecoder(nnx.Module):
         return jnp.dot(x.astype(jnp.float32), self.head_dv[...])
 
 
+def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:
+    """A copy of a model under another configuration of the same parameters: other dropout,
+    capacity, losses."""
+    changed = EncoderDecoder(cfg, mesh=model.mesh)
+    nnx.update(changed, jax.tree.map(jnp.copy, nnx.state(model)))
+    return changed
+
+
 def shift_right(targets: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """What the decoder reads: the previous target, and padding where an example starts."""
     shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))

@@ -1,0 +1,109 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 00 Start here
+#
+# **What you will see**: what this machine has, how a model lies on its devices, and a small
+# Mixture-of-Experts model that is trained, asked, and looked into. **Time**: about a minute on two
+# CPU cores.
+#
+# moekit rebuilds FLAN-MoE (Shen et al. 2023): sparse encoder-decoder models that are pretrained by
+# span corruption and then instruction-tuned on many tasks. The notebooks go in order: 01 the MoE
+# layer, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router balance, 08
+# expert specialization.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+import moekit as mk
+from moekit.doctor import as_text, report
+
+FULL = False  # True on a TPU or GPU: the mini model, more steps
+SIZE, STEPS, BATCH_TOKENS = ("mini", 2000, 65_536) if FULL else ("nano", 60, 5120)
+
+# %% [markdown]
+# ## What runs where
+# `moekit doctor` prints the same. On a Cloud TPU VM or Colab TPU the devices are chips, on a laptop
+# one CPU. For a CPU with several virtual devices call `mk.make_mesh(expert=8)` before anything
+# else uses jax: slow, but the same program as on eight chips.
+
+# %%
+print(as_text(report()))
+
+# %% [markdown]
+# ## A mesh and a model born on it
+# The mesh has three axes: `data` and `expert` split the tokens, `expert` splits the experts,
+# `model` splits single matrices. Devices that no axis asks for go to `data`.
+
+# %%
+mesh = mk.make_mesh()
+cfg = mk.preset(f"st-{SIZE}")
+model = mk.EncoderDecoder(cfg, seed=0, mesh=mesh)
+print(dict(mesh.shape))
+print(f"{cfg.name}: {cfg.num_experts} experts, {cfg.num_parameters()}")
+for name in ("wi_edf", "wg_edf", "wo_efd"):
+    weight = getattr(model.encoder.blocks[-1].moe.experts, name)[...]
+    print(f"{name:8} {weight.shape} on {len(weight.sharding.device_set)} device(s)")
+
+# %% [markdown]
+# ## Train it
+# The embedded mixture needs no network: tasks cut from the documentation of installed packages and
+# from seeded generators. Training is one call; everything it leaves is in `run`.
+
+# %%
+mixture = mk.flan_mixture("builtin")
+config = mk.TrainConfig(
+    steps=STEPS,
+    batch_tokens=BATCH_TOKENS,
+    input_length=256,
+    target_length=64,
+    learning_rate=5e-2,
+    schedule="rsqrt",
+    warmup_steps=20,
+)
+run = mk.train(model, mixture, config)
+mk.show(run.metrics.plot(f"{cfg.name}, its first {STEPS} steps"), "00-training")
+
+# %% [markdown]
+# ## Ask it
+# A few seconds of training teach the form of answers, not the answers. The interval and the chance
+# level beside each score say so.
+
+# %%
+tasks = [task for task in mixture.tasks if task.name in ("largest", "longest_word", "parity")]
+scores = mk.evaluate(model, tasks, limit=50)
+print(scores.table())
+print(mk.generate(model, ["What is 3 + 4?"], max_new_tokens=8))
+
+# %% [markdown]
+# ## Look into it
+# A `RouterTrace` holds which token went to which expert in which layer. All analysis reads it.
+
+# %%
+trace = mk.trace_routing(model, mixture.sample(128))
+mk.balance_table(trace)
+
+# %%
+mk.show(mk.plot_expert_load(trace), "00-expert-load")
+
+# %% [markdown]
+# ## Exercises
+# 1. Give the model another router: `mk.preset("st-nano").replace(router=mk.ExpertChoice(),
+#    decoder_router=mk.Switch())`. Which of the curves above changes at once?
+# 2. Ask with `shots=2`. Does a model that cannot do the task profit from seeing it done?
+# 3. Replace `st` by `t5`: the dense twin of equal FLOPs per token. What can no longer be drawn?

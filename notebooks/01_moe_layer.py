@@ -1,0 +1,169 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01 The MoE layer
+#
+# **What you will see**: router logits become a `Routing`; six routers on the same tokens; what
+# capacity drops; how tokens travel; what a layer costs; and a router of your own, trained.
+# **Time**: about a minute.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import moekit as mk
+from moekit.bench import layer as bench_layer
+from moekit.moe.capacity import slots_per_expert
+
+FULL = False  # True on a TPU or GPU: longer training of the router of your own
+STEPS = 1000 if FULL else 40
+
+# %% [markdown]
+# ## From logits to a Routing
+# A router is a function of one group's logits `[S tokens, E experts]`, its padding mask and the
+# number of slots of each expert. It answers *who goes where*, for every token and for every slot:
+# a choice knows its slot, a slot knows its choice. Nothing is moved yet.
+
+# %%
+words = ["the", "router", "sends", "every", "token", "of", "a", "line", "to"]
+logits = jax.random.normal(jax.random.key(4), (len(words), 4)) * 2
+logits = logits.at[:, 1].add(1.5)  # expert 1 is popular
+mask = jnp.ones(len(words), bool).at[-1].set(False)  # the last token is padding
+switch = mk.Switch()(logits, mask, capacity=3)
+print("expert of each token (4 is none):", switch.expert_index[:, 0])
+print("slot of each token (12 is none): ", switch.slot[:, 0])
+print("token in each slot (9 is none):  ", switch.assignment)
+
+# %% [markdown]
+# ## Six routers, the same logits
+# Darkness is probability, a number the slot a choice got, a cross a choice that was dropped because
+# its expert was full. Padding (the last row) never takes a slot. Expert Choice turns the question
+# round: every expert picks its tokens, so load is even and a token may get none or several.
+
+# %%
+routers = {
+    "Switch": mk.Switch(),
+    "top-2": mk.TopK(k=2),
+    "GShard": mk.GShard(),
+    "batch priority": mk.TopK(k=2, priority="batch"),
+    "Expert Choice": mk.ExpertChoice(),
+    "random": mk.Random(),
+}
+routings = {
+    name: router(logits, mask, capacity=3, key=jax.random.key(0))
+    for name, router in routers.items()
+}
+mk.show(mk.plot_routing(routings, words), "01-routers")
+
+# %% [markdown]
+# ## Capacity
+# `C = capacity factor x tokens / experts` slots an expert, in one of two conventions: with the
+# number of choices k (Mesh-TensorFlow, GShard) or without (flaxformer). What finds no slot is
+# dropped: the token passes by the layer through the residual connection, and the layer returns 0.
+
+# %%
+tokens, experts = 512, 8
+skewed = jax.random.normal(jax.random.key(1), (tokens, experts)) + jnp.linspace(0, 1.5, experts)
+everyone = jnp.ones(tokens, bool)
+dropped = {}
+for name in ("Switch", "top-2", "GShard", "Expert Choice"):
+    dropped[name] = {}
+    for factor in (0.5, 1.0, 1.25, 2.0, 4.0):
+        k = getattr(routers[name], "num_choices", 1) or 1
+        slots = slots_per_expert(tokens, experts, factor, choices=k, minimum=4)
+        routing = routers[name](skewed, everyone, capacity=slots)
+        kept = (routing.slot < experts * slots).any(-1)
+        dropped[name][str(factor)] = float(1 - kept.mean())
+
+# %%
+fig = mk.plot_bars(dropped, "share of tokens no expert processed", "Uneven logits, 512 tokens")
+fig.axes[0].set_xlabel("capacity factor (k counted)")
+mk.show(fig, "01-capacity")
+
+# %% [markdown]
+# ## The layer
+# `mk.MoE` is router, transport and experts in one nnx module that fits into any model of yours.
+# Tokens move by gathers in both directions: a slot fetches its token, a token fetches its slots'
+# results. No one-hot tensor of tokens x experts x capacity is ever built.
+
+# %%
+moe = mk.MoE(64, 128, 8, router=mk.TopK(k=2), capacity_counts_k=True, rngs=nnx.Rngs(0))
+x = jax.random.normal(jax.random.key(2), (4, 32, 64))
+y, stats, routing = moe(x)
+print("in", x.shape, "out", y.shape)
+print("choices of each expert ", stats.load)
+print("tokens without any     ", int(stats.dropped_tokens))
+print("balance loss (2 = even)", round(float(stats.balance_loss()), 3))
+
+# %% [markdown]
+# ## What it costs
+# Forward and backward against the dense FFN of equal active FLOPs, all in one run. `einsum` is the
+# one-hot transport that many codebases use: its cost grows with tokens x slots.
+
+# %%
+rows = bench_layer(tokens=1024, d_model=128, d_ff=352, repeats=5)
+names = {(r["experts"], r["k"]): f"{r['experts']} experts, top-{r['k']}" for r in rows}
+ratios = {
+    variant: {
+        names[r["experts"], r["k"]]: r["ratio_to_dense"] for r in rows if r["variant"] == variant
+    }
+    for variant in ("capacity", "einsum")
+}
+title = "Time of a layer, 1,024 tokens of 128"
+fig = mk.plot_bars(ratios, "time over dense FFN", title, ("dense FFN", 1.0))
+mk.show(fig, "01-cost")
+
+# %% [markdown]
+# ## A router of your own
+# Pick experts and weights, let `mk.assign` queue them. This one is top-1 with noisy logits while
+# training (a key is given), a simple way to make the router try other experts.
+
+
+# %%
+def noisy_switch(logits, mask, *, capacity, limit=None, key=None, **_):
+    noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape)
+    probs = jax.nn.softmax(logits)
+    choice = jnp.argmax(logits + 0.5 * noise, -1)[:, None]
+    weight = jnp.take_along_axis(probs, choice, -1)
+    return mk.assign(choice, weight, probs, mask, capacity=capacity, limit=limit)
+
+
+noisy_switch.causal = True  # token order: allowed in a decoder
+
+# %%
+mixture = mk.flan_mixture("builtin")
+config = mk.TrainConfig(
+    steps=STEPS, batch_tokens=5120, input_length=256, target_length=64, learning_rate=3e-2
+)
+runs = {}
+for name, router in {"Switch": mk.Switch(), "noisy Switch": noisy_switch}.items():
+    cfg = mk.preset("switch-nano").replace(router=router)
+    runs[name] = mk.train(mk.EncoderDecoder(cfg, seed=0), mixture, config).metrics
+key, label = "encoder_load_entropy", "load entropy (nats; log 8 = 2.08 is even)"
+mk.show(mk.plot_learning_curves(runs, key, label, "A router of your own"), "01-own-router")
+
+# %% [markdown]
+# ## Exercises
+# 1. Why does top-1 with weights divided by their sum leave the router without a gradient? Set
+#    `mk.TopK(k=1, normalise=True)` and look at the gradient of `moe.router.w_de`.
+# 2. Remove `noisy_switch.causal = True`. Read the error: what would leak, and where?
+# 3. In the capacity figure, which router drops least at factor 1.0, and what does it pay for that
+#    in a decoder?

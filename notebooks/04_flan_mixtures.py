@@ -1,0 +1,122 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 FLAN mixtures
+#
+# **What you will see**: clusters, templates and formats; what rates and caps do; how examples are
+# packed; what the model really reads. **Time**: under a minute.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+import collections
+
+import numpy as np
+
+import moekit as mk
+from moekit.data.flan import FLAN2022
+
+FULL = False  # True with a data folder in MOEKIT_DATA: FLAN 2022's sub-mixtures
+mixture = mk.flan_mixture("flan2022" if FULL else "builtin")
+tokenizer = mk.ByteTokenizer()
+
+# %% [markdown]
+# ## Clusters
+# Tasks of one kind form a cluster. Some clusters are held out whole: no task of theirs is ever
+# trained on, so a score there is about tasks of a new *kind*.
+
+# %%
+print(mixture.describe())
+
+# %%
+held_out = collections.defaultdict(list)
+for task in mk.suite("builtin").tasks:
+    held_out[task.cluster].append(task.name)
+for cluster, names in held_out.items():
+    print(f"held out: {cluster:22} {', '.join(names)}")
+mk.show(mk.plot_rates(mixture), "04-rates")
+
+# %% [markdown]
+# ## One example, many forms
+# Ten wordings a task; with or without options; lettered options whose letter is the answer; solved
+# exemplars before the question; a rationale before the answer; or the question asked backwards.
+
+# %%
+tasks = {task.name: task for task in mk.flan_mixture("builtin").tasks}
+task = tasks["word_problem"]
+example, *others = task.examples("train")[:3]
+forms = {
+    "zero-shot": {"options": False},
+    "options": {"template": 3, "style": 0},
+    "lettered options": {"template": 1, "style": 3},
+    "one exemplar": {"template": 5, "options": False, "shots": others[:1]},
+    "chain of thought": {"options": False, "chain_of_thought": True},
+    "inverted": {"inverted": True},
+}
+for name, form in forms.items():
+    prompt = mk.format_prompt(task, example, **form)
+    print(f"[{name}]\n{prompt.input}\n-> {prompt.target}\n")
+
+# %% [markdown]
+# ## Rates and caps
+# A task's share of its sub-mixture is min(cap, examples) over the sum of these, so that a task of
+# ten million rows does not drown one of a thousand. The shares of the sub-mixtures and their caps
+# are FLAN 2022's (the public release for the shares; Chung et al. 2022, Table 23, for the caps).
+
+# %%
+for name, part in FLAN2022.items():
+    print(f"{name:10} share {part.share:4.0%}   cap {part.cap:7,}   {part.formats}")
+sizes = {"tiny": 1_000, "small": 20_000, "large": 400_000, "huge": 10_000_000}
+rates = {}
+for cap in (1_000, 30_000, 10**9):
+    capped = {task: min(cap, size) for task, size in sizes.items()}
+    name = "no cap" if cap == 10**9 else f"cap {cap:,}"
+    rates[name] = {task: count / sum(capped.values()) for task, count in capped.items()}
+title = "What a cap does to four tasks of 1 k to 10 M examples"
+mk.show(mk.plot_bars(rates, "share of the mixture", title), "04-caps")
+
+# %% [markdown]
+# ## The stream
+# Order is a function of seed and position: the same on every machine, resumable anywhere.
+
+# %%
+prompts = mixture.sample(2000)
+drawn = collections.Counter(prompt.task for prompt in prompts)
+most = max(abs(drawn[task] / 2000 - rate) for task, rate in mixture.rates.items())
+print(f"largest deviation of 2,000 draws from the rates: {most:.2%}")
+print(f"with exemplars: {np.mean([p.shots > 0 for p in prompts]):.0%}")
+for prompt in prompts[:3]:
+    print(f"--- {prompt.task}\n{prompt.input}\n>>> {prompt.target}")
+
+# %% [markdown]
+# ## Packing
+# Several examples share a row so that little is padding. Attention never crosses their borders and
+# positions restart: the model cannot tell a packed example from a lonely one (a test says so).
+
+# %%
+lengths = {"input_length": 512, "target_length": 96}
+stream = mk.batches(mixture, tokenizer, batch_size=16, seed=0, **lengths)
+batch = next(stream)
+mk.show(mk.plot_packing(batch), "04-packing")
+
+# %% [markdown]
+# ## Exercises
+# 1. Build a mixture of two tasks at rates 3 to 1: `mk.flan_mixture({"addition": 3, "parity": 1})`.
+#    Check the draws.
+# 2. Ask for a held-out task in a mixture. What does the error say, and why is that the default?
+# 3. With half the input length, how much of the batch is padding, and which examples suffer?

@@ -1,0 +1,113 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 Instruction tuning
+#
+# **What you will see**: the FLAN stage on the models of notebook 03, dense and sparse; loss, router
+# balance and held-out scores as they train; before against after, with intervals. **Time**: about
+# four minutes.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+from pathlib import Path
+
+import moekit as mk
+
+FULL = False  # True on a TPU or GPU: the mini models of notebook 03
+SMALL = mk.StudyConfig(
+    pretrain_steps=200, tune_steps=600, input_length=128, target_length=32, workdir=Path("runs/lab")
+)
+BIG = mk.StudyConfig(size="mini", pretrain_steps=20_000, tune_steps=10_000, batch_tokens=65_536)
+lab = mk.Lab(BIG if FULL else SMALL)
+before = {flavour: lab.pretrain(flavour).model for flavour in ("t5", "st")}  # of notebook 03
+
+# %% [markdown]
+# ## Questions of a new kind
+# The held-out clusters were never trained on. A model of this size has little room for knowledge;
+# what can carry over from the held-in tasks is to look for the answer in what it has just read.
+# Options are ranked by their likelihood and not shown (`options=False`), so that the text of the
+# question is all there is to read. State tracking asks for several steps of bookkeeping: expect
+# chance there.
+
+# %%
+asked = {"limit": 120, "options": False}
+suite = mk.suite("builtin")
+scores = {name: mk.evaluate(model, suite, **asked) for name, model in before.items()}
+for each in scores.values():
+    mean = each.mean
+    print(
+        f"{each.name}: {mean.score:.1%} ({mean.low:.1%} to {mean.high:.1%}; chance "
+        f"{mean.chance:.1%}, always the commonest answer {mean.majority:.1%})"
+    )
+
+# %% [markdown]
+# ## The FLAN stage
+# Zero- and few-shot prompts, with and without options, some rationales; dropout 0.05 and expert
+# dropout 0.2 as in the paper. A callback asks held-out questions while training.
+
+# %%
+runs = {}
+for name, model in before.items():
+    watch = mk.evaluation_callback(suite, "held_out_score", limit=30, options=False)
+    runs[name] = lab.tune(model, callbacks=[watch])
+curves = {run.model.cfg.name: run.metrics for run in runs.values()}
+label = "validation loss (nats a target token)"
+mk.show(mk.plot_learning_curves(curves, "valid_loss", label, "Instruction tuning"), "05-loss")
+
+# %%
+chance = scores["t5"].mean.chance
+label = "mean held-out score (30 questions a task)"
+fig = mk.plot_learning_curves(
+    curves, "held_out_score", label, "Held-out tasks as tuning proceeds", [("chance", chance)]
+)
+mk.show(fig, "05-held-out")
+
+# %%
+mk.show(runs["st"].metrics.plot("st: the FLAN stage"), "05-st-metrics")
+
+# %% [markdown]
+# ## Before and after
+# The same questions, so the difference is paired: its interval resamples questions, not models. One
+# seed: the interval says nothing about other seeds.
+
+# %%
+tuned = {name: mk.evaluate(run.model, suite, **asked) for name, run in runs.items()}
+for name in tuned:
+    mean, change = tuned[name].mean, mk.compare(scores[name], tuned[name])
+    print(f"{tuned[name].name}: {mean.score:.1%} ({mean.low:.1%} to {mean.high:.1%})")
+    print(f"  against itself before tuning: {change}")
+
+# %%
+groups = {}
+for stage, results in (("before", scores), ("after", tuned)):
+    groups |= {f"{name}, {stage} tuning": [each.to_dict()] for name, each in results.items()}
+mk.show(mk.plot_scores(groups, "Held-out tasks, zero-shot"), "05-before-after")
+
+# %%
+mk.show(tuned["st"].plot(), "05-st-tasks")
+
+# %% [markdown]
+# ## Exercises
+# 1. Show the options (`options=True`). Which tasks gain, which lose? What would the model have to
+#    do to profit from them?
+# 2. Tune with the router frozen: `mk.instruction_tune(model, lab.mixture,
+#    lab.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), 600))`. The paper finds that
+#    freezing the gate hardly matters.
+# 3. Leave the tasks of one cluster out of the mixture (`mk.flan_mixture("builtin", exclude=[..])`).
+#    Which held-out score falls most?

@@ -1,0 +1,126 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 07 Router balance
+#
+# **What you will see**: the same small MoE trained with and without its balance loss, with router
+# z-loss, and with bias-based balancing; load, entropy, violation and drops side by side; what
+# capacity costs. **Time**: about two minutes.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+from pathlib import Path
+
+import moekit as mk
+from moekit.analysis.balance import dropped_assignments
+
+FULL = False  # True on a TPU or GPU: the mini model, longer
+SMALL = mk.StudyConfig(
+    pretrain_steps=120, input_length=128, target_length=32, workdir=Path("runs/balance")
+)
+BIG = mk.StudyConfig(
+    size="mini", pretrain_steps=5_000, batch_tokens=65_536, workdir=Path("runs/balance-big")
+)
+lab = mk.Lab(BIG if FULL else SMALL)
+
+# %% [markdown]
+# ## Four ways to train one model
+# All are `switch` with eight experts, the same seed and batches. What differs is what keeps the
+# router honest: nothing, the balance loss of Fedus et al. (2021), that and ST-MoE's router z-loss,
+# or a bias that is moved after every step and no gradient touches (Wang et al. 2024).
+
+# %%
+variants = {
+    "nothing": {"balance_loss": 0.0},
+    "balance loss": {"balance_loss": 1e-2},
+    "balance + z-loss": {"balance_loss": 1e-2, "router_z_loss": 1e-3},
+    "loss-free bias": {"balance_loss": 0.0, "router": mk.LossFree(k=1, rate=1e-2)},
+}
+runs = {
+    name: lab.pretrain("switch", name=name.replace(" ", "-"), **changes)
+    for name, changes in variants.items()
+}
+
+# %%
+curves = {name: run.metrics for name, run in runs.items()}
+label = "largest load over mean load, less 1"
+title = "Encoder: violation of balance while training"
+fig = mk.plot_learning_curves(curves, "encoder_max_violation", label, title, [("even load", 0.0)])
+mk.show(fig, "07-violation")
+
+# %%
+label, title = "share of tokens dropped", "Encoder: tokens dropped while training (factor 1.25)"
+mk.show(mk.plot_learning_curves(curves, "encoder_dropped", label, title), "07-dropped")
+
+# %% [markdown]
+# ## After training
+# The routing of held-out text. `confidence` is the mean combine weight, `router entropy` how
+# undecided the router is about a token; load entropy is about all tokens together. A router can be
+# sure of every token and balanced over all of them.
+
+# %%
+traces = {name: lab.trace(run.model) for name, run in runs.items()}
+for name, trace in traces.items():
+    print(f"[{name}]\n{mk.balance_table(trace)}\n")
+
+# %%
+mk.show(mk.plot_expert_load(traces["nothing"]), "07-load-nothing")
+
+# %%
+mk.show(mk.plot_expert_load(traces["balance loss"]), "07-load-balance-loss")
+
+# %% [markdown]
+# ## What does balance cost?
+# Less pressure means better or worse loss? At this length of training the differences are small and
+# one seed cannot rank them; the ablations of the paper go both ways (FLAN-EC-base gains from the
+# balance loss, FLAN-ST-base loses).
+
+# %%
+for name, run in runs.items():
+    loss = run.metrics.last("valid_loss")
+    print(f"{name:18} held-out loss {loss:.3f} (unigram {lab.unigram_entropy:.3f})")
+
+# %% [markdown]
+# ## Capacity at evaluation
+# The same trained model, asked with other capacity factors: routing is alike, drops are not.
+
+# %%
+prompts = mk.text_prompts(lab.corpus, 16, characters=300)
+dropped = {"nothing": {}, "balance loss": {}}
+for name in dropped:
+    for factor in (0.5, 1.0, 1.25, 2.0, 4.0):
+        cfg = runs[name].model.cfg.replace(eval_capacity_factor=factor)
+        model = mk.with_config(runs[name].model, cfg)
+        trace = mk.trace_routing(model, prompts, input_length=128, target_length=8)
+        dropped[name][str(factor)] = float(dropped_assignments(trace)[0])
+
+# %%
+fig = mk.plot_bars(
+    dropped, "share of choices without a slot", "Drops by evaluation capacity factor"
+)
+fig.axes[0].set_xlabel("capacity factor")
+mk.show(fig, "07-capacity")
+
+# %% [markdown]
+# ## Exercises
+# 1. Multiply the balance coefficient by 100. What happens to confidence, and to the loss?
+# 2. Count drops with `mk.GShard()` at the same factor in both capacity conventions
+#    (`capacity_counts_k`).
+# 3. Which of the measures in the table would still look fine if two layers collapsed onto
+#    *different* experts and you pooled them? That is why every number here is per layer.

@@ -1,0 +1,127 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 08 Expert specialization
+#
+# **What you will see**: which domains, tasks and tokens an expert serves, against chance; which
+# experts work together; how early routing settles; what instruction tuning changes. **Time**: about
+# a minute after notebooks 03 and 05, whose models it takes up.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+from pathlib import Path
+
+import moekit as mk
+from moekit.analysis.specialization import repetition
+
+FULL = False  # True on a TPU or GPU: the mini models of notebooks 03 and 05
+SMALL = mk.StudyConfig(
+    pretrain_steps=200, tune_steps=600, input_length=128, target_length=32, workdir=Path("runs/lab")
+)
+BIG = mk.StudyConfig(size="mini", pretrain_steps=20_000, tune_steps=10_000, batch_tokens=65_536)
+lab = mk.Lab(BIG if FULL else SMALL)
+pretrained = lab.pretrain("st")
+tuned = lab.tune(pretrained.model)
+
+# %% [markdown]
+# ## Domains
+# Held-out documentation of each package, as many pieces of each. A bar is the share of a domain's
+# tokens that chose an expert; chance is k / E. The p-value shuffles the labels of whole pieces: a
+# small sample always *looks* specialised, the null says how much of that is luck. And beware:
+# packages differ in words and layout as well as in topic.
+
+# %%
+before, after = lab.trace(pretrained.model), lab.trace(tuned.model)
+mk.show(mk.plot_domain_specialization(before), "08-domains")
+
+# %%
+result = mk.domain_specialization(before)
+for layer, p_value in enumerate(result.p_value):
+    share = result.share[layer]
+    expert, label = divmod(int(share.argmax()), share.shape[1])
+    print(
+        f"layer {layer}: most one-sided is expert {expert} with {share.max():.0%} of the tokens of "
+        f"{result.labels[label]} (chance {result.chance[layer]:.0%}), p = {p_value:.3f}"
+    )
+mk.show(mk.plot_domain_distance(before), "08-domain-distance")
+
+# %% [markdown]
+# ## Tokens
+# The frequent tokens that an expert gets most faithfully. In models of this size the router mostly
+# reads the token itself: punctuation here, word beginnings there.
+
+# %%
+mk.show(mk.plot_token_specialization(before, lab.tokenizer), "08-tokens")
+
+# %% [markdown]
+# ## Tasks
+# Instruction prompts by cluster after tuning: darker than chance (1.0) means an expert that is used
+# more for this kind of task.
+
+# %%
+prompts = lab.mixture.sample(600)
+of_tasks = mk.trace_routing(tuned.model, prompts, input_length=128, target_length=32)
+mk.show(mk.plot_task_specialization(of_tasks, by="cluster"), "08-tasks")
+
+# %%
+mk.show(mk.plot_task_specialization(of_tasks, "decoder", by="cluster"), "08-tasks-decoder")
+
+# %% [markdown]
+# ## Which experts work together?
+# Of the tokens that chose the expert of a row, the share that also chose the column's. All pairs of
+# choices count, whatever their rank.
+
+# %%
+mk.show(mk.plot_coactivation(before), "08-coactivation")
+
+# %% [markdown]
+# ## When does routing settle, and what does tuning change?
+# The share of the later model's choices that the earlier one made as well, for the same text.
+
+# %%
+steps = pretrained.config.save_every * 2
+early = lab.trace(mk.load(pretrained.workdir, step=steps))
+agreement = {
+    "encoder": {
+        f"step {steps} / end of pretraining": float(mk.saturation(early, before).mean()),
+        "pretrained / tuned": float(mk.saturation(before, after).mean()),
+    }
+}
+cfg = pretrained.model.cfg
+chance = ("chance k/E", cfg.active_experts("encoder") / cfg.num_experts)
+fig = mk.plot_bars(agreement, "share of choices in common", "Saturation of routing", chance)
+mk.show(fig, "08-saturation")
+
+# %%
+for name, trace in {"pretrained": before, "tuned": after}.items():
+    same, luck = repetition(trace)
+    print(f"{name}: {same[0]:.0%} of neighbouring tokens share an expert (chance {luck[0]:.0%})")
+    print(mk.balance_table(trace), "\n")
+
+# %%
+mk.show(mk.plot_domain_specialization(after), "08-domains-tuned")
+
+# %% [markdown]
+# ## Exercises
+# 1. Shuffle the domains of `before` (`dataclasses.replace(before, domains=...)`) and draw the first
+#    figure again. What remains of the specialization?
+# 2. The balance loss works against specialization. Train with `lab.pretrain("st", name="free",
+#    balance_loss=0.0)` and compare p-values and distances.
+# 3. Expert Choice (`lab.pretrain("ec")`) lets a token have any number of experts. Which tokens get
+#    many?
