@@ -112,8 +112,9 @@ def param(
         std = math.sqrt(0.1 / fan_in) / 0.87962566103423978
         return std * jax.random.truncated_normal(key, -2, 2, shape)
 
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty:
+    # the abstract mesh can be asked for under jit and eval_shape as well
+    if not jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_mesh()
         sharding = NamedSharding(mesh, Sharding().spec(shape, axes, mesh))
         create = jax.jit(create, out_shardings=sharding)
     return nnx.Param(create(rngs.params()), axes=axes)

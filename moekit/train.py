@@ -257,6 +257,8 @@ class _Trainer:
                 "delete it, or resume it"
             )
         meta, facts = self.checkpoints.meta(step), self.facts()
+        # its tokenizer is a path; what lies there is compared by its digest
+        meta["model"]["tokenizer"] = facts["model"]["tokenizer"]
         for name in facts:
             if meta[name] != facts[name]:
                 what = (

@@ -51,7 +51,7 @@ def show(fig, name: str):
 def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()):
     """Each router's probabilities by token and expert; a number is the slot that a choice got, a
     cross a choice that was dropped."""
-    fig, axes = _grid(len(routings), width=3.0, height=3.4)
+    fig, axes = _grid(len(routings), width=3.4, height=3.2, columns=3)
     for ax, (name, routing) in zip(axes, routings.items(), strict=True):
         probs = np.asarray(routing.probs)
         size, experts = probs.shape
@@ -160,7 +160,7 @@ def plot_specialization(
 ):
     """Bars of N(e, p) / N(p) by expert and label, one panel a layer."""
     layers, experts, labels = result.share.shape
-    fig, axes = _grid(layers, width=max(5.0, 0.16 * experts * labels), columns=2)
+    fig, axes = _grid(layers, width=max(5.0, 0.16 * experts * labels), columns=1 + (experts < 12))
     width = 0.8 / labels
     for layer, ax in enumerate(axes):
         for p, label in enumerate(result.labels):
@@ -183,7 +183,7 @@ def plot_specialization(
         ax.set(
             title=f"{stack}, MoE layer {layer} (shuffled labels: p = {p_value:.3f})",
             xlabel="expert",
-            ylabel=f"share of the {what}'s tokens",
+            ylabel="share of its tokens",
             xticks=range(experts),
         )
     handles, names = axes[0].get_legend_handles_labels()

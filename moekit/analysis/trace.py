@@ -93,7 +93,7 @@ class RouterTrace:
     def load(cls, path: str | Path) -> "RouterTrace":
         """Read what `save` wrote; ValueError if it is something else or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 arrays = {name: file[name] for name in file.files if name != "header"}
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:

@@ -4,6 +4,7 @@ A task's share of its sub-mixture is min(cap, examples) over the sum of these (L
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,7 +280,8 @@ def _custom(rates: Mapping[str, float], data_dir, on_error: str) -> Mixture:
     from moekit.data.builtin import builtin_tasks
 
     known = {name: (task, BUILTIN_FORMATS, "builtin") for name, task in builtin_tasks().items()}
-    if not set(rates) <= set(known):
+    elsewhere = data_dir or os.environ.get("MOEKIT_DATA")
+    if elsewhere and not set(rates) <= set(known):
         for part, task in _flat(_flan_groups(Mirror(data_dir, on_error))):
             known[task.name] = (task, FLAN2022[part].formats, part)
     _check_known(list(rates), known)

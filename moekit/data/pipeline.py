@@ -136,7 +136,10 @@ def pad_prompts(
 
 
 def pad_pairs(
-    pairs: Sequence[Mapping[str, Sequence[int]]], *, input_length: int, target_length: int
+    pairs: Sequence[Mapping[str, Sequence[int] | Int[np.ndarray, "..."]]],
+    *,
+    input_length: int,
+    target_length: int,
 ) -> Batch:
     """One pair of token ids {"inputs", "targets"} a row, filled up with padding."""
     inputs = _rectangle([pair["inputs"] for pair in pairs], input_length)

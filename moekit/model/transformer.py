@@ -308,6 +308,7 @@ class EncoderDecoder(nnx.Module):
         With a key: training (dropout, training capacity factor, router randomness). Without:
         deterministic, evaluation capacity factor.
         """
+        batch = jax.tree.map(jnp.asarray, batch)  # also outside of jit
         encoder_key, decoder_key = _split(key, 2)
         encoded = self.encode(batch.inputs, batch.input_segments, key=encoder_key, trace=trace)
         tokens = shift_right(batch.targets, batch.target_positions)

@@ -1,0 +1,227 @@
+"""Rows, text and the data folder: what is wrong is named with file and line."""
+
+import gzip
+import json
+import logging
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+import moekit as mk
+from moekit.data.sources import data_dir, hub_rows, read_rows
+
+SCHEMA = {"question": str, "answer": int}
+GOOD = [{"question": f"q{i}", "answer": i} for i in range(40)]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_good_rows(tmp_path, name):
+    assert read_rows(write(tmp_path / name, GOOD), SCHEMA) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"question": "x"}, "field 'answer' is missing"),
+        ({"question": 3, "answer": 3}, "field 'question' is int"),
+        ({"question": "x", "answer": True}, "field 'answer' is bool"),
+        ([1, 2], "expected an object"),
+        ('{"question": ', "not JSON"),
+    ],
+)
+def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path, caplog, bad, message):
+    path = write(tmp_path / "a.jsonl.gz", [*GOOD[:3], bad, *GOOD[3:], bad])
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.gz:4: {message}.*skip"):
+        read_rows(path, SCHEMA)
+    with caplog.at_level(logging.WARNING, "moekit"):
+        assert read_rows(path, SCHEMA, on_error="skip") == GOOD
+    assert "skipped 2 malformed of 42 rows" in caplog.text
+    with pytest.raises(ValueError, match="did you mean 'skip'"):
+        read_rows(path, SCHEMA, on_error="skp")
+
+
+def test_truncated_gzip_names_the_line(tmp_path):
+    whole = write(tmp_path / "a.jsonl.gz", GOOD).read_bytes()
+    for size in (len(whole) - 9, len(whole) // 2):
+        (tmp_path / "a.jsonl.gz").write_bytes(whole[:size])
+        for on_error in ("stop", "skip"):
+            with pytest.raises(ValueError, match=r"a\.jsonl\.gz:\d+: the file is truncated"):
+                read_rows(tmp_path / "a.jsonl.gz", SCHEMA, on_error=on_error)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"plain text")
+    with pytest.raises(ValueError, match="truncated or not gzip"):
+        read_rows(tmp_path / "a.jsonl.gz", SCHEMA)
+
+
+def test_tables_missing_files_and_empty_files(tmp_path):
+    (tmp_path / "a.tsv").write_text("one\t1\ntwo\n")
+    with pytest.raises(ValueError, match=r"a\.tsv:2: 1 columns instead of 2"):
+        read_rows(tmp_path / "a.tsv", {"q": str, "a": str}, columns=("q", "a"))
+    (tmp_path / "b.csv").write_text('"x, y",1\n')
+    rows = read_rows(tmp_path / "b.csv", {"q": str, "a": str}, columns=("q", "a"))
+    assert rows == [{"q": "x, y", "a": "1"}]
+    with pytest.raises(FileNotFoundError, match="the data folder is incomplete"):
+        read_rows(tmp_path / "c.jsonl", SCHEMA)
+    with pytest.raises(ValueError, match="no usable rows"):
+        read_rows(write(tmp_path / "d.jsonl", []), SCHEMA)
+
+
+def test_no_data_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="set the environment variable MOEKIT_DATA"):
+        data_dir()
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        mk.flan_mixture("flan2022", data_dir=tmp_path / "nowhere")
+    monkeypatch.setenv("MOEKIT_DATA", str(tmp_path))
+    assert data_dir() == tmp_path
+    with pytest.raises(FileNotFoundError, match="has no books"):
+        mk.corpus("books")
+    with pytest.raises(FileNotFoundError, match="holds no instruction data"):
+        mk.flan_mixture("flan2022")
+    with pytest.raises(ValueError, match="unknown corpus 'bookz': did you mean 'books'"):
+        mk.corpus("bookz")
+
+
+def texts(folder, name, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+
+
+def test_text_folders(tmp_path):
+    rows = [{"text": f"text {i}", "title": f"t{i}"} for i in range(120)]
+    texts(tmp_path / "text/books", "train-0.parquet", rows)
+    texts(tmp_path / "text/speeches", "train.parquet", rows[:4])
+    texts(tmp_path / "text/speeches", "valid.parquet", rows[4:6])
+    corpus = mk.corpus("books,speeches", tmp_path)
+    assert corpus.domains == ("books", "speeches")
+    assert len(corpus.documents("valid")) == 3 + 2 and len(corpus.documents("train")) == 117 + 4
+    texts(tmp_path / "text/books", "train-1.parquet", [*rows[:3], {"text": " ", "title": "bad"}])
+    with pytest.raises(ValueError, match=r"train-1\.parquet: row 4 \('bad'\) has an empty text"):
+        mk.corpus("books", tmp_path).documents("train")
+    (tmp_path / "text/speeches/train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        mk.corpus("speeches", tmp_path).documents("train")
+
+
+def test_the_hub_through_local_files_and_without_network(tmp_path):
+    write(tmp_path / "niv2.jsonl", [{"inputs": "a", "targets": "b", "task": "t"}])
+    rows = list(hub_rows("json", data_files=str(tmp_path / "niv2.jsonl")))
+    assert rows == [{"inputs": "a", "targets": "b", "task": "t"}]
+    with pytest.raises(ConnectionError, match=r"could not load 'conceptofmind/niv2.*network"):
+        next(hub_rows("conceptofmind/niv2_submix_original"))
+
+
+def mirror(root):
+    """A data folder with a few rows of every family."""
+    meta = [
+        {"task": f"task{i}", "split": split, "definition": "Do it.", "categories": [category]}
+        for i, (split, category) in enumerate([("train", "QA"), ("train", "Sum"), ("test", "NLI")])
+    ]
+    write(root / "niv2/tasks.jsonl.gz", meta)
+    free = [{"id": f"n{i}", "input": f"in {i}", "output": [f"out {i}", "other"]} for i in range(30)]
+    label = [{"id": f"l{i}", "input": f"in {i}", "output": ["yn"[i % 2]]} for i in range(12)]
+    for name, rows in (("task0", free), ("task1", label)):
+        write(root / f"niv2/train/{name}.jsonl.gz", rows)
+        write(root / f"niv2/valid/{name}.jsonl.gz", rows[:4])
+    write(root / "niv2/test/task2.jsonl.gz", label)
+    thought = [
+        {"question": f"q{i}?", "answer": str(i), "rationale": f"Because {i}"} for i in range(6)
+    ]
+    write(root / "cot/sums.jsonl.gz", thought)
+    choice = [
+        {"question": f"q{i}?", "choices": ["a", "b", "c"], "answer": i % 3, "context": "Text."}
+        for i in range(9)
+    ]
+    for split in ("train", "test"):
+        write(root / f"mc/boolq/{split}.jsonl.gz", choice)
+        write(
+            root / f"gsm8k/{split}.jsonl.gz", [{"question": "q", "answer": "4", "solution": "2+2"}]
+        )
+    dolly = {"instruction": "Say", "context": "c", "response": "r", "category": "open"}
+    for split in ("train", "valid"):
+        write(root / f"dolly/{split}.jsonl.gz", [dolly] * 3)
+    bbh = [{"input": "Which?\nOptions:\n(A) x\n(B) y", "target": "(B)"}] * 4
+    write(root / "bbh/things.jsonl.gz", bbh)
+    return root
+
+
+def test_the_flan_mixture_of_a_folder(tmp_path):
+    mixture = mk.flan_mixture("flan2022", data_dir=mirror(tmp_path))
+    assert {"flan2021", "niv2", "cot", "dialog"} == set(mixture.parts)
+    by_part: dict[str, float] = {}
+    for task, part in zip(mixture.tasks, mixture.parts, strict=True):
+        by_part[part] = by_part.get(part, 0) + mixture.rates[task.name]
+    shares = {"flan2021": 0.40, "niv2": 0.20, "cot": 0.05, "dialog": 0.03}
+    for part, share in shares.items():  # the missing T0 leaves its share to the others
+        assert by_part[part] == pytest.approx(share / sum(shares.values()))
+    assert mixture.rates["niv2/task0"] / mixture.rates["niv2/task1"] == pytest.approx(30 / 12)
+    assert "niv2/task2" not in mixture.rates and not any("bbh" in n for n in mixture.rates)
+    prompts = mixture.sample(200)
+    assert prompts == mk.flan_mixture("flan2022", data_dir=tmp_path).sample(200)
+    assert prompts != mixture.sample(200, seed=1)
+    assert {p.shots for p in prompts} > {0, 1} and "QA" in mixture.describe()
+    smaller = mk.flan_mixture("flan2022", data_dir=tmp_path, exclude=["dolly"])
+    assert "dolly" not in smaller.rates
+    with pytest.raises(ValueError, match="did you mean 'boolq'"):
+        mk.flan_mixture("flan2022", data_dir=tmp_path, exclude=["boolqq"])
+
+
+def test_caps_level_large_tasks():
+    from moekit.data.flan import FLAN2022, _proportional
+    from moekit.data.tasks import Task, Template
+
+    tasks = [
+        Task(name, "c", lambda split: [], (Template("{x}"),), size=size)
+        for name, size in (("big", 10**6), ("small", 15_000))
+    ]
+    rates = _proportional("m", {"flan2021": tasks}).rates
+    assert rates["big"] / rates["small"] == pytest.approx(FLAN2022["flan2021"].cap / 15_000)
+
+
+def test_rates_of_your_own(monkeypatch):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    mixture = mk.flan_mixture({"addition": 3.0, "parity": 1.0})
+    assert mixture.rates == {"addition": 0.75, "parity": 0.25}
+    drawn = [p.task for p in mixture.sample(400)]
+    assert drawn.count("addition") / 400 == pytest.approx(0.75, abs=0.02)
+    for rates, message in (
+        ({"additon": 1.0}, "did you mean 'addition'"),
+        ({"swaps": 1.0}, "swaps is held out"),
+        ({"addition": 0.0}, "rate of task addition is 0.0"),
+        ({}, "has no tasks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.flan_mixture(rates)
+
+
+def test_suites_of_a_folder(tmp_path):
+    root = mirror(tmp_path)
+    held_out = mk.suite("niv2-test", data_dir=root)
+    assert [t.name for t in held_out.tasks] == ["niv2/task2"] and held_out.split == "test"
+    assert held_out.tasks[0].examples("test")[0].options == ("n", "y")
+    valid = mk.suite("niv2-valid", data_dir=root)
+    assert len(valid.tasks[0].examples(valid.split)) == 4
+    question = mk.suite("bbh", data_dir=root).tasks[0].examples("test")[0]
+    assert question.options == ("x", "y") and question.answer == "y"
+    assert "Options" not in question.fields["question"]
+    assert mk.suite("boolq", data_dir=root).tasks[0].examples("test")[2].answer == "c"
+    with pytest.raises(ValueError, match="did you mean 'bbh'"):
+        mk.suite("bbhh")
+    with pytest.raises(FileNotFoundError, match="has no piqa"):
+        mk.suite("piqa", data_dir=root)
+    assert all(t.held_out for t in mk.suite("builtin").tasks)
+    assert not any(t.held_out for t in mk.suite("builtin-heldin").tasks)
+
+
+def test_bad_answers_name_the_row(tmp_path):
+    root = mirror(tmp_path)
+    write(root / "mc/boolq/test.jsonl.gz", [{"question": "q", "choices": ["a"], "answer": 1}])
+    with pytest.raises(ValueError, match=r"test\.jsonl\.gz:1: answer 1 is not one of 1 choices"):
+        mk.suite("boolq", data_dir=root).tasks[0].examples("test")

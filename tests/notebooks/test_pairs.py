@@ -1,0 +1,51 @@
+"""Committed notebooks are executed, small, and equal their paired text."""
+
+import json
+from pathlib import Path
+
+import jupytext
+import pytest
+
+from moekit.tour import notebooks, tour
+
+FOLDER = Path(__file__).parent.parent.parent / "notebooks"
+PATHS = notebooks(FOLDER)
+
+
+def cells(notebook):
+    return [(c.cell_type, c.source) for c in notebook.cells]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_pair(path):
+    executed = path.with_suffix(".ipynb")
+    pair, text = jupytext.read(executed), jupytext.read(path)
+    assert cells(pair) == cells(text), "run `make notebooks`"
+    outputs = [o for c in pair.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert executed.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_form(path):
+    text = jupytext.read(path)
+    code = [c.source for c in text.cells if c.cell_type == "code"]
+    first = text.cells[0].source
+    assert first.startswith(f"# {path.stem[:2]} ") and "Time" in first and "will see" in first
+    assert max(len(source.splitlines()) for source in code) <= 20
+    assert sum("FULL = False" in source for source in code) == 1
+    last = text.cells[-1].source
+    assert "## Exercises" in last and "\n2. " in last
+
+
+def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/01_bad.py").write_text("# %%\nimport warnings\nwarnings.warn('old')\n")
+    with pytest.raises(ValueError, match="notebook 01_bad failed: UserWarning: old"):
+        tour(tmp_path / "out")
+    (tmp_path / "notebooks/01_bad.py").write_text("# %%\nprint(1)\n")
+    assert tour(tmp_path / "out")[0]["cells"] == 1
+    written = json.loads((tmp_path / "out/01_bad.ipynb").read_text())
+    assert written["cells"][0]["outputs"][0]["text"] == ["1\n"]

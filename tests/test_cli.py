@@ -1,0 +1,132 @@
+"""The command line as a user meets it: one clear line and exit code 2 for every mistake."""
+
+import gzip
+import json
+
+import pytest
+
+import moekit as mk
+from moekit.cli import main
+
+SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_train_eval_and_resume(tmp_path, capsys):
+    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", *SMALL, "--json")
+    assert code == 0 and json.loads(out)["step"] == 2
+    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", "--steps", 3, *SMALL[2:])
+    assert code == 0 and "step 3" in out
+    code, out, _ = run(
+        capsys, "eval", "--checkpoint", tmp_path / "r", "--limit", 2, "--suite", "builtin", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0 and found["mean"]["n"] == 2 * len(mk.suite("builtin").tasks)
+    code, _, err = run(
+        capsys, "train", "--workdir", tmp_path / "r", *SMALL, "--learning-rate", "0.5"
+    )
+    assert code == 2 and "another train configuration" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--preset", "st-nanno"], "did you mean 'st-nano'"),
+        (["train", "--router", "swich"], "did you mean 'switch'"),
+        (["train", "--mixture", "flan2023"], "did you mean 'flan2022'"),
+        (["train", "--mixture", "flan2022"], "set the environment variable MOEKIT_DATA"),
+        (["train", "--corpus", "mirror"], "set the environment variable MOEKIT_DATA"),
+        (["train", "--batch-tokens", "8"], "less than one row"),
+        (["train", "--input-length", "4096"], "exceeds st-nano's max_length 512"),
+        (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),
+        (["train", "--router", "expert-choice"], "later tokens"),
+        (["eval", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["data", "--task", "additon"], "did you mean 'addition'"),
+        (["data", "--task", "swaps"], "held out"),
+        (["bench", "layers"], "did you mean 'layer'"),
+        (["figures", "--results", "nowhere"], "no recorded study in nowhere"),
+        (["study", "--source", "mirror"], "set the environment variable MOEKIT_DATA"),
+        (["tour", "--only", "99"], "no notebook"),
+    ],
+)
+def test_mistakes(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    if argv[0] == "tour":
+        monkeypatch.chdir(tmp_path)
+    if argv[0] == "train":
+        given = [a for a in SMALL if a not in argv]
+        argv = [*argv, "--workdir", str(tmp_path / "run"), *(given if len(given) == 8 else [])]
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEKIT_DATA", str(tmp_path))
+    (tmp_path / "dolly").mkdir()
+    row = json.dumps({"instruction": "a", "context": "", "response": "b"}) + "\n"
+    file = tmp_path / "dolly/train.jsonl.gz"
+    file.write_bytes(gzip.compress((row * 9 + '{"instruction": "a"}\n').encode()))
+    code, _, err = run(capsys, "data", "--mixture", "flan2022")
+    assert code == 2 and "train.jsonl.gz:10: field 'context' is missing" in err
+    code, out, _ = run(capsys, "data", "--mixture", "flan2022", "--on-error", "skip")
+    assert code == 0 and "dolly" in out
+    file.write_bytes(file.read_bytes()[:-12])
+    code, _, err = run(capsys, "data", "--mixture", "flan2022")
+    assert code == 2 and "truncated" in err
+
+
+def test_data_and_doctor(capsys, monkeypatch):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    code, out, _ = run(capsys, "data", "--samples", 2, "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found["samples"]) == 2
+    assert sum(found["rates"].values()) == pytest.approx(1)
+    code, out, _ = run(capsys, "data", "--corpus", "builtin")
+    assert code == 0 and "language reference" in out
+    code, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert len(found["devices"]) == 8 and found["versions"]["jax"]
+    assert any("MOEKIT_DATA is not set" in line for line in found["missing"])
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "missing" in out
+    code, out, _ = run(capsys, "doctor", "--presets", "--json")
+    rows = {row["preset"]: row for row in json.loads(out)}
+    assert rows.keys() == mk.PRESETS.keys()
+    assert round(rows["st-32b"]["total_billions"], 1) == 269.1
+
+
+def test_bench_reports_rows_of_the_promised_form(capsys):
+    small = ["--tokens", "64", "--d-model", "16", "--d-ff", "32", "--repeats", "2"]
+    code, out, _ = run(capsys, "bench", "layer", *small, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [(r["experts"], r["k"], r["variant"]) for r in rows] == [
+        (e, k, v) for e, k in ((8, 1), (32, 2)) for v in ("dense", "capacity", "einsum")
+    ]
+    for row in rows:
+        names = {"experts", "k", "tokens", "d_model", "d_ff", "variant", "ms", "ratio_to_dense"}
+        assert row.keys() == names and row["ms"] > 0
+        if row["variant"] == "dense":
+            assert row["ratio_to_dense"] == 1
+
+
+def test_the_einsum_peer_computes_the_same():
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from moekit.bench import EinsumMoE
+
+    options = {"router": mk.TopK(k=2), "capacity_factor": 1.0, "rngs": nnx.Rngs(0)}
+    ours, peer = mk.MoE(8, 16, 4, **options), EinsumMoE(8, 16, 4, **options | {"rngs": nnx.Rngs(0)})
+    x = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    np.testing.assert_allclose(ours(x)[0], peer(x)[0], atol=1e-5)

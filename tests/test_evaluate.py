@@ -1,0 +1,143 @@
+"""Scores, ranking, decoding, evaluation."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import moekit as mk
+from moekit.data.tasks import Example, Task, Template
+from moekit.evaluate import rank_options
+from moekit.scores import Scores, TaskScore, bootstrap, compare, exact_match, normalise, rouge_l
+
+TEN = tuple(Template(f"{i} " + "{x}") for i in range(10))
+
+
+def task(name="pick", n=12, options=True, rationale="", **kwargs):
+    def load(split):
+        return [
+            Example(
+                f"{split}{i}",
+                {"x": f"say {i} now"},
+                answer=f"word{i % 3}",
+                options=("word0", "word1", "word2") if options else (),
+                rationale=rationale,
+            )
+            for i in range(n)
+        ]
+
+    return Task(name, "cluster", load, TEN, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mk.EncoderDecoder(mk.preset("st-nano").replace(d_model=16, d_ff=32), seed=0)
+
+
+def test_exact_match_and_rouge():
+    assert normalise("The  Answer, is: 42!") == "answer is 42" and normalise("%") == "%"
+    assert exact_match("the Paris.", ["paris", "rome"]) == 1 and exact_match("pari", ["paris"]) == 0
+    assert rouge_l("a b c d", ["a b c d"]) == 1
+    # longest common subsequence 3 of 4 and 5 words: P 3/4, R 3/5
+    assert rouge_l("one two nine three", ["one two three four five"]) == pytest.approx(2 / 3)
+    assert rouge_l("x", ["y", "x"]) == 1
+
+
+def test_bootstrap_covers_the_mean_and_narrows():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(30) < 0.5, rng.random(3000) < 0.5
+    low, high = bootstrap([few.astype(float)])
+    assert low < few.mean() < high and high - low == pytest.approx(0.36, abs=0.08)
+    low, high = bootstrap([many.astype(float)])
+    assert low < many.mean() < high and high - low < 0.05
+    assert bootstrap([np.ones(9)]) == (1, 1)
+
+
+def test_mean_weighs_tasks_alike_and_differences_are_paired():
+    a = TaskScore.of("a", "c", "accuracy", [1, 0, 1, 0], 0.25, 0.5)
+    b = TaskScore.of("b", "c", "accuracy", [1] * 100, 0.5, 0.5)
+    scores = Scores("m", (a, b))
+    assert scores.mean.score == 0.75 and scores.mean.chance == 0.375
+    assert "a" in scores.table() and len(scores.to_dict()["tasks"]) == 2
+    better = dataclasses.replace(a, values=np.ones(4))
+    change = compare(scores, Scores("n", (better, b)))
+    assert change.difference == 0.25 and change.low >= 0
+    with pytest.raises(ValueError, match="different examples"):
+        compare(scores, Scores("n", (a,)))
+
+
+def test_ranking_equals_scoring_each_option_alone(model):
+    tokenizer = mk.ByteTokenizer()
+    examples = task().examples("test")
+    prompts = [mk.format_prompt(task(), e, template=0) for e in examples[:5]]
+    wide = mk.with_config(model, model.cfg.replace(eval_capacity_factor=8.0))
+    together = rank_options(wide, prompts, tokenizer)
+    assert together == [rank_options(wide, [p], tokenizer)[0] for p in prompts]
+    for prompt, best in zip(prompts, together, strict=True):
+        means = []
+        for option in prompt.options:
+            target = dataclasses.replace(prompt, target=option)
+            ids = tokenizer.encode(option)
+            batch = mk.pad_prompts([target], tokenizer, input_length=64, target_length=16)
+            logits = np.asarray(wide(batch).logits[0], np.float64)[: len(ids) + 1]
+            log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            means.append(np.mean([row[i] for row, i in zip(log_probs, [*ids, 1], strict=True)]))
+        assert int(np.argmax(means)) == best
+
+
+def test_scores_carry_chance_majority_and_intervals(model):
+    scores = mk.evaluate(model, [task(), task("free", options=False, metric="exact_match")])
+    ranked, free = scores.rows
+    assert ranked.metric == "accuracy" and ranked.chance == pytest.approx(1 / 3)
+    assert ranked.majority == pytest.approx(1 / 3) and free.chance == 0
+    assert ranked.low <= ranked.score <= ranked.high and ranked.n == 12
+    assert free.metric == "exact_match" and scores.mean.metric == "mixed"
+    assert scores.plot().axes
+
+
+def test_limit_is_a_fixed_sample_and_shots_come_from_train(model):
+    a, b = (mk.evaluate(model, [task(n=30)], limit=7, shots=2) for _ in range(2))
+    assert a.rows[0].n == 7
+    np.testing.assert_array_equal(a.rows[0].values, b.rows[0].values)
+    short = mk.with_config(model, model.cfg.replace(max_length=64))
+    assert mk.evaluate(short, [task()], shots=3).dropped_shots > 0
+    with pytest.raises(ValueError, match=r"pick test0.*the question alone is \d+ tokens"):
+        mk.evaluate(mk.with_config(model, model.cfg.replace(max_length=8)), [task()])
+    without = dataclasses.replace(task(), load=lambda split: task().load(split)[: split == "test"])
+    assert mk.evaluate(model, [without], shots=2).rows[0].n == 1
+
+
+def test_chain_of_thought_reads_what_follows_the_answer_is(model):
+    thought = task(options=False, metric="exact_match", rationale="Think.")
+    scores = mk.evaluate(model, [thought], chain_of_thought=True, max_new_tokens=4)
+    assert scores.rows[0].metric == "exact_match"
+
+
+def test_greedy_decoding_equals_argmax_of_the_whole(model):
+    wide = mk.with_config(model, model.cfg.replace(eval_capacity_factor=8.0))
+    texts, tokenizer = ["one", "a longer text than that"], mk.ByteTokenizer()
+    said = mk.generate(wide, texts, max_new_tokens=5)
+    assert said == [mk.generate(wide, [text], max_new_tokens=5)[0] for text in texts]
+    for text, answer in zip(texts, said, strict=True):
+        ids: list[int] = []
+        for _ in range(5):
+            target = {"inputs": [*tokenizer.encode(text), 1], "targets": [*ids, 5]}
+            from moekit.data.pipeline import pad_pairs
+
+            logits = wide(pad_pairs([target], input_length=64, target_length=8)).logits
+            ids.append(int(logits[0, len(ids)].argmax()))
+            if ids[-1] == 1:
+                break
+        assert tokenizer.decode(ids) == answer
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    a, b, c = (
+        mk.generate(model, ["text"] * 3, temperature=1.0, seed=seed, max_new_tokens=8)
+        for seed in (1, 1, 2)
+    )
+    assert a == b != c
+    with pytest.raises(ValueError, match="temperature is -1"):
+        mk.generate(model, ["x"], temperature=-1.0)
+    with pytest.raises(ValueError, match="are 601 tokens long, more than the 512"):
+        mk.generate(model, ["x" * 600])

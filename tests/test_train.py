@@ -1,0 +1,251 @@
+"""Training: losses, freezing, resuming, checkpoints, failures."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import moekit as mk
+from moekit.checkpoint import Checkpoints
+from moekit.config import TrainConfig
+from moekit.data.corruption import Corpus, Document
+from moekit.data.pipeline import batches
+from moekit.optim import make_optimizer, schedule
+from moekit.train import NonFiniteLoss, token_losses
+
+TEXT = Corpus(
+    "text", lambda split: [Document(f"{split} {i} is followed by {i + 1}. " * 3) for i in range(90)]
+)
+CONFIG = TrainConfig(
+    steps=4,
+    batch_tokens=4 * 80,
+    input_length=64,
+    target_length=16,
+    learning_rate=1e-2,
+    save_every=2,
+    log_every=2,
+)
+
+
+def model(flavour="st", seed=0, **changes):
+    cfg = mk.preset(f"{flavour}-nano").replace(d_model=16, d_ff=32, num_experts=4, **changes)
+    return mk.EncoderDecoder(cfg, seed=seed)
+
+
+def arrays(model):
+    return {
+        "/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def same(a, b):
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_losses_against_numpy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    targets, weights = rng.integers(0, 5, (2, 3)), np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+    log_z = np.log(np.exp(logits).sum(-1))
+    nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    smooth = 0.9 * nll + 0.1 * (log_z[..., None] - logits).mean(-1)
+    found = token_losses(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights), 0.1)
+    assert float(found["cross_entropy"]) == pytest.approx((nll * weights).sum(), rel=1e-5)
+    assert float(found["objective"]) == pytest.approx((smooth * weights).sum(), rel=1e-5)
+    assert float(found["z"]) == pytest.approx((log_z**2 * weights).sum(), rel=1e-5)
+    assert float(found["count"]) == 3
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    assert float(found["cross_entropy"]) == pytest.approx(float((expected * weights).sum()), 1e-5)
+
+
+@pytest.mark.parametrize("flavour", ["t5", "switch", "ec", "st"])
+def test_training_lowers_the_loss(flavour):
+    config = CONFIG.replace(steps=30, learning_rate=3e-2, save_every=0, log_every=5)
+    run = mk.train(model(flavour), TEXT, config, eval_source=TEXT)
+    losses = run.metrics["loss"][1]
+    assert losses[-1] < losses[0] - 0.3
+    assert run.metrics.last("valid_loss") < losses[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    options = {"dropout": 0.1, "expert_dropout": 0.1}
+    straight = mk.train(model(**options), TEXT, CONFIG.replace(steps=6), workdir=tmp_path / "a")
+    mk.train(model(**options), TEXT, CONFIG, workdir=tmp_path / "b")
+    other = model(seed=9, **options)  # whatever it holds is replaced
+    resumed = mk.train(other, TEXT, CONFIG.replace(steps=6), workdir=tmp_path / "b")
+    assert same(straight.model, resumed.model)
+    assert straight.metrics["loss"] == resumed.metrics["loss"]
+    again = mk.train(model(**options), TEXT, CONFIG.replace(steps=6), workdir=tmp_path / "b")
+    assert same(again.model, resumed.model)
+    assert same(mk.load(tmp_path / "b"), resumed.model)
+    assert not same(mk.load(tmp_path / "b", step=4), resumed.model)
+    with pytest.raises(FileNotFoundError, match=r"no step 5, only \[4, 6\]"):
+        mk.load(tmp_path / "b", step=5)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "moving"),
+    [(("router",), "experts"), (("experts",), "router"), (("moe",), "embedding")],
+)
+def test_frozen_parts_keep_every_bit(freeze, moving):
+    before = arrays(model())
+    config = CONFIG.replace(freeze=freeze, save_every=0, weight_decay=0.1, optimizer="adamw")
+    after = arrays(mk.train(model(), TEXT, config).model)
+    parts = {"router": "moe/router", "experts": "moe/experts", "moe": "moe/"}
+    frozen = [name for name in before if parts[freeze[0]] in name]
+    assert frozen and all(np.array_equal(before[n], after[n]) for n in frozen)
+    others = [name for name in before if moving in name]
+    assert others and not any(np.array_equal(before[n], after[n]) for n in others)
+
+
+def test_loss_free_bias_moves_against_the_load():
+    trained = mk.train(
+        model("switch", router="loss-free"), TEXT, CONFIG.replace(save_every=0)
+    ).model
+    bias = trained.encoder.blocks[-1].moe.router.bias_e[...]
+    assert 0 < float(jnp.abs(bias).max()) <= 4 * 1e-3 + 1e-9
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
+    mk.train(model(), TEXT, CONFIG, workdir=tmp_path)
+    log = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"another train configuration.*learning_rate: 0.01 there"):
+        mk.train(model(), TEXT, CONFIG.replace(learning_rate=0.5), workdir=tmp_path)
+    with pytest.raises(ValueError, match=r"another model configuration.*dropout"):
+        mk.train(model(dropout=0.2), TEXT, CONFIG, workdir=tmp_path)
+    with pytest.raises(ValueError, match="already holds a run at step 4"):
+        mk.train(model(), TEXT, CONFIG, workdir=tmp_path, resume=False)
+    with pytest.raises(ValueError, match=r"another configuration.*d_model"):
+        mk.load(tmp_path, cfg=mk.preset("st-nano"))
+    assert (tmp_path / "metrics.jsonl").read_text() == log
+    mk.load(tmp_path)
+
+
+def test_a_failed_write_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"a": 1}, model={"w": jnp.arange(3.0)})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(
+        OSError, match=r"could not write checkpoint 2.*Former checkpoints are intact"
+    ):
+        checkpoints.save(2, {"a": 2}, model={"w": jnp.arange(3.0)})
+    assert checkpoints.latest() == 1
+    restored = checkpoints.restore(1, model={"w": jnp.zeros(3)})
+    np.testing.assert_array_equal(restored["model"]["w"], jnp.arange(3.0))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_workdir(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError):
+        mk.train(model(), TEXT, CONFIG, workdir=tmp_path / "run")
+
+
+def test_a_model_is_saved_and_loaded(tmp_path):
+    first = model(seed=3)
+    mk.save(tmp_path / "m", first)
+    again = mk.load(tmp_path / "m")
+    assert again.cfg == first.cfg and same(again, first)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        mk.load(tmp_path)
+    mesh = mk.make_mesh(expert=4, data=2)
+    assert same(mk.load(tmp_path / "m", mesh=mesh), first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_length": 1024, "batch_tokens": 8192}, "exceeds st-nano's max_length 512"),
+        ({"freeze": ("router",)}, "is dense"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(changes, message):
+    which = "t5" if "freeze" in changes else "st"
+    with pytest.raises(ValueError, match=message):
+        mk.train(model(which), TEXT, CONFIG.replace(**changes))
+
+
+def test_rows_must_divide_the_mesh():
+    cfg = mk.preset("st-nano")
+    sharded = mk.EncoderDecoder(cfg, mesh=mk.make_mesh(expert=8))
+    with pytest.raises(ValueError, match=r"batch of 4 rows cannot be split over 8 devices.*640"):
+        mk.train(sharded, TEXT, CONFIG)
+
+
+def test_divergence_is_reported():
+    with pytest.raises(NonFiniteLoss, match=r"loss is (nan|inf).*lower learning_rate"):
+        mk.train(model(), TEXT, CONFIG.replace(steps=40, learning_rate=1e30, save_every=0))
+
+
+def test_schedules():
+    base = TrainConfig(steps=100, learning_rate=2.0, warmup_steps=10)
+    ends = {"constant": 2.0, "cosine": 0.0, "linear": 0.0, "rsqrt": 2.0 * (10 / 100) ** 0.5}
+    for name, end in ends.items():
+        rate = schedule(base.replace(schedule=name))
+        assert float(rate(0)) == 0 and float(rate(5)) == pytest.approx(1.0)
+        assert float(rate(10)) == pytest.approx(2.0)
+        assert float(rate(100)) == pytest.approx(end, abs=1e-6)
+
+
+def test_adafactor_acts_on_each_layer_alone():
+    rng = np.random.default_rng(0)
+    stacked = rng.normal(size=(3, 256, 128)).astype(np.float32)
+    grads = (
+        rng.normal(size=stacked.shape).astype(np.float32) * np.array([1, 10, 100])[:, None, None]
+    )
+    config = TrainConfig(learning_rate=1e-2)
+
+    def update(name, value, grad):
+        params = {name: {"w": jnp.asarray(value)}}
+        optimizer = make_optimizer(config, params)
+        grad = {name: {"w": jnp.asarray(grad, jnp.float32)}}
+        return optimizer.update(grad, optimizer.init(params), params)[0][name]["w"]
+
+    together = update("blocks", stacked, grads)
+    for i in range(3):
+        alone = update("embedding", stacked[i], grads[i])
+        np.testing.assert_allclose(together[i], alone, rtol=1e-5)
+
+
+def test_metrics_survive_a_cut_line_and_draw(tmp_path):
+    run = mk.train(model(), TEXT, CONFIG, workdir=tmp_path, eval_source=TEXT)
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == run.metrics.rows and rows[0]["step"] == 2
+    assert {"loss", "tokens_per_second", "encoder_dropped", "balance"} <= rows[0].keys()
+    path.write_text(path.read_text()[:-20])
+    assert mk.Metrics.load(path).rows == rows[:-1]
+    with pytest.raises(KeyError, match="this run logged"):
+        run.metrics["lss"]
+    assert len(run.metrics.plot().axes) >= 4
+
+
+def test_batches_reach_every_device_alike():
+    mesh = mk.make_mesh(data=2, expert=4)
+    config = CONFIG.replace(batch_tokens=8 * 80, save_every=0, log_every=1, steps=3)
+    room = {"capacity_factor": 8.0, "eval_capacity_factor": 8.0}
+    cfg = mk.preset("st-nano").replace(d_model=16, d_ff=32, **room)
+    losses = [
+        mk.train(mk.EncoderDecoder(cfg, mesh=m), TEXT, config).metrics["loss"][1]
+        for m in (None, mesh)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_stream_is_a_function_of_seed_and_step():
+    shape = {"input_length": 64, "target_length": 16, "batch_size": 4}
+    a, b = (next(batches(TEXT, mk.ByteTokenizer(), seed=s, **shape)) for s in (1, 1))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    c = next(batches(TEXT, mk.ByteTokenizer(), seed=2, **shape))
+    assert not np.array_equal(a.inputs, c.inputs)
