@@ -63,7 +63,7 @@ class Checkpoints:
             for name, item in like.items()
         }
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
                 f"checkpoint {step} in {self.folder} does not fit this model or is damaged: "

@@ -309,7 +309,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A dense and a sparse model of one size through all stages.
+    """A dense and a sparse model of one size through all stages; by default that of the notebooks.
 
     Args:
       source: "builtin", or "mirror" for the data folder (MOEKIT_DATA).
@@ -324,11 +324,11 @@ class StudyConfig:
     source: str = "builtin"
     size: str = "nano"
     flavours: tuple[str, ...] = ("t5", "st")
-    pretrain_steps: int = 600
-    tune_steps: int = 900
-    batch_tokens: int = 5120
-    input_length: int = 256
-    target_length: int = 64
+    pretrain_steps: int = 400
+    tune_steps: int = 800
+    batch_tokens: int = 2560
+    input_length: int = 128
+    target_length: int = 32
     limits: tuple[int, int] = (6, 150)
     options: bool = True
     seed: int = 0

@@ -40,8 +40,10 @@ from moekit.train import Run, train
 
 # Adafactor multiplies by the scale of each parameter; the rate falls as 1 / sqrt(step)
 PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)
-TUNE = TrainConfig(learning_rate=2e-2, schedule="constant", warmup_steps=20)
+TUNE = TrainConfig(learning_rate=1e-2, schedule="constant", warmup_steps=20)
 FLAN_DROPOUT = {"dropout": 0.05, "expert_dropout": 0.2}  # Shen 2023
+# in its two minutes a nano model underfits: a higher rate that falls to zero, and no dropout
+NANO_TUNE = TUNE.replace(learning_rate=4e-2, schedule="linear", warmup_steps=50)
 
 
 def pretrain(model: EncoderDecoder, corpus: Corpus, config: TrainConfig = PRETRAIN, **kw) -> Run:
@@ -140,11 +142,12 @@ class Lab:
 
     def tune(self, model: EncoderDecoder, **kw) -> Run:
         """The FLAN stage on a copy of the model: dropout belongs to this stage alone."""
-        model = with_config(model, model.cfg.replace(**FLAN_DROPOUT))
+        nano = self.config.size == "nano"
+        model = with_config(model, model.cfg.replace(**{} if nano else FLAN_DROPOUT))
         return instruction_tune(
             model,
             self.mixture,
-            self.stage(TUNE, self.config.tune_steps),
+            self.stage(NANO_TUNE if nano else TUNE, self.config.tune_steps),
             workdir=self.config.workdir / model.cfg.name / "tune",
             eval_source=_validated(self.mixture),
             **kw,

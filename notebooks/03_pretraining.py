@@ -25,17 +25,20 @@ if importlib.util.find_spec("moekit") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
-from pathlib import Path
-
 import numpy as np
 
 import moekit as mk
 
 FULL = False  # True on a TPU or GPU: the mini models, more steps, longer inputs
-SMALL = mk.StudyConfig(
-    pretrain_steps=200, tune_steps=600, input_length=128, target_length=32, workdir=Path("runs/lab")
+SMALL = mk.StudyConfig()
+BIG = mk.StudyConfig(
+    size="mini",
+    pretrain_steps=20_000,
+    tune_steps=10_000,
+    batch_tokens=65_536,
+    input_length=512,
+    target_length=128,
 )
-BIG = mk.StudyConfig(size="mini", pretrain_steps=20_000, tune_steps=10_000, batch_tokens=65_536)
 lab = mk.Lab(BIG if FULL else SMALL)
 
 # %% [markdown]

@@ -31,9 +31,7 @@ import moekit as mk
 from moekit.analysis.balance import dropped_assignments
 
 FULL = False  # True on a TPU or GPU: the mini model, longer
-SMALL = mk.StudyConfig(
-    pretrain_steps=120, input_length=128, target_length=32, workdir=Path("runs/balance")
-)
+SMALL = mk.StudyConfig(pretrain_steps=250, workdir=Path("runs/balance"))
 BIG = mk.StudyConfig(
     size="mini", pretrain_steps=5_000, batch_tokens=65_536, workdir=Path("runs/balance-big")
 )

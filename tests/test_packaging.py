@@ -1,5 +1,6 @@
 """What is installed, how large the package is, and that files tell the same story."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -34,9 +35,23 @@ def test_extras_and_licence():
 
 
 def test_small_enough_to_be_read():
-    lines = {path: len(path.read_text().splitlines()) for path in MODULES}
-    assert sum(lines.values()) < 6000
-    assert max(lines.values()) < 500, max(lines, key=lines.get)
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) < 500, path
+    assert sum(map(code_lines, MODULES)) < 6000
+
+
+def code_lines(path):
+    """Lines that hold code: no blanks, comments or docstrings."""
+    text = path.read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    strings = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, documented) and ast.get_docstring(node)
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(s.strip()) and s.strip()[0] != "#" for n, s in lines if n not in strings)
 
 
 def test_moe_depends_on_nothing_else_of_the_kit_but_sharding():

@@ -90,7 +90,7 @@ def parity(rng: random.Random) -> Made:
 
 def divisible(rng: random.Random) -> Made:
     d, yes = rng.choice((3, 4, 5)), rng.random() < 0.5
-    n = d * rng.randint(3, 190) + (0 if yes else rng.randint(1, d - 1))
+    n = d * rng.randint(3, 1900) + (0 if yes else rng.randint(1, d - 1))
     rest = f"{n} = {n // d} x {d} + {n % d}."
     return {"x": str(n), "y": str(d)}, "yes" if yes else "no", ["no" if yes else "yes"], rest
 
@@ -201,6 +201,15 @@ def phrase_with(rng: random.Random) -> Made:
     return {"x": key}, phrases[0], phrases[1:], f"{key} is in {phrases[0]}."
 
 
+def shared_word(rng: random.Random) -> Made:
+    words = rng.sample(WORDS, 8)
+    shared, left, right = words[0], words[:3], [words[0], *words[3:5]]
+    rng.shuffle(left)
+    rng.shuffle(right)
+    text = f"{' '.join(left)}; {' '.join(right)}."
+    return {"x": text}, shared, words[5:], f"{shared} is in both."
+
+
 def missing_item(rng: random.Random) -> Made:
     words = rng.sample(WORDS, 7)
     first, lost = words[:4], rng.choice(words[:4])
@@ -235,7 +244,7 @@ def weekday(rng: random.Random) -> Made:
 
 def navigate(rng: random.Random) -> Made:
     back, moves = rng.random() < 0.5, []
-    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    a, b = rng.randint(1, 30), rng.randint(1, 30)
     moves = [("forward", a), ("left", b), ("back", a), ("right", b)]
     if not back:
         i = rng.randrange(4)

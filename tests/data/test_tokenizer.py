@@ -9,7 +9,11 @@ from moekit.data.tokenizer import (
     train_sentencepiece,
 )
 
-TEXT = [f"The quick brown fox jumps over the lazy dog near river {i}." for i in range(400)]
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "ing")]
+TEXT = [
+    " ".join(SYLLABLES[i * j % 112] + SYLLABLES[(i + 3 * j) % 112] for j in range(1, 9)) + "."
+    for i in range(600)
+]
 
 
 @pytest.fixture(scope="module")
