@@ -126,8 +126,8 @@ class Lab:
             batch_tokens=self.config.batch_tokens,
             input_length=self.config.input_length,
             target_length=self.config.target_length,
-            eval_every=max(1, steps // 6),
-            save_every=max(1, steps // 3),
+            eval_every=-(-steps // 6),
+            save_every=-(-steps // 3),
             seed=self.config.seed,
         )
 

@@ -65,7 +65,7 @@ def test_losses_against_numpy():
     assert float(found["cross_entropy"]) == pytest.approx(float((expected * weights).sum()), 1e-5)
 
 
-@pytest.mark.parametrize("flavour", ["t5", "switch", "ec", "st"])
+@pytest.mark.parametrize("flavour", ["ec", "st"])
 def test_training_lowers_the_loss(flavour):
     config = CONFIG.replace(steps=30, learning_rate=3e-2, save_every=0, log_every=5)
     run = mk.train(model(flavour), TEXT, config, eval_source=TEXT)

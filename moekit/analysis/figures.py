@@ -278,9 +278,7 @@ def plot_learning_curves(
         ax.plot(steps, values, color=color, ls=style, marker=marker, ms=3, label=name)
     for name, value in lines:
         ax.axhline(value, color="0.7", lw=1)
-        ax.annotate(
-            name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        ax.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="top")
     ax.set(xlabel="step", ylabel=label or key, title=title or key)
     ax.legend(frameon=False)
     return fig

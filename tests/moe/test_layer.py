@@ -63,7 +63,7 @@ def test_equals_the_oracle_forward_and_backward(route, activation):
             y = oracle(module, x, routing)
         return jnp.vdot(y, cotangent), (y, routing)
 
-    grad = jax.grad(run, argnums=(0, 1), has_aux=True)
+    grad = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
     fast, (y, _) = grad(state, x, False)
     slow, (expected, _) = grad(state, x, True)
     np.testing.assert_allclose(y, expected, atol=1e-5)
