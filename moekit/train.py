@@ -105,7 +105,11 @@ def _router_report(stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_step(graphdef, treedef, config: TrainConfig):
-    """One update, jitted; kept so that a second run of the same shape does not compile again."""
+    """The optimizer's start and one update, jitted; kept so that a second run of the same shape
+    does not compile again."""
+
+    def start(params):
+        return make_optimizer(config, params).init(params)
 
     def step(params, rest, opt_state, batch, key):
         optimizer = make_optimizer(config, params)
@@ -118,7 +122,7 @@ def _compiled_step(graphdef, treedef, config: TrainConfig):
             rest = update_router_bias(rest, stats)
         return optax.apply_updates(params, updates), rest, opt_state, report
 
-    return jax.jit(step, donate_argnums=(0, 1, 2))
+    return jax.jit(start), jax.jit(step, donate_argnums=(0, 1, 2))
 
 
 @functools.lru_cache(maxsize=16)
@@ -160,9 +164,11 @@ class _Trainer:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         # copies: the compiled step reuses its arguments' memory, the caller keeps the model
         self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
-        self.opt_state = jax.jit(make_optimizer(config, params).init)(self.params)
         timeless = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1)
-        self.step = _compiled_step(graphdef, jax.tree.structure(params), timeless)
+        if config.schedule in ("constant", "rsqrt"):
+            timeless = timeless.replace(steps=1)  # one program for runs of any length
+        start, self.step = _compiled_step(graphdef, jax.tree.structure(params), timeless)
+        self.opt_state = start(self.params)
         self.schedule, self.done = schedule(config), 0
         self.workdir = Path(workdir) if workdir else None
         self.checkpoints = None

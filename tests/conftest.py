@@ -4,6 +4,8 @@ import os
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# small programs that run once: compile fast instead of well
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
