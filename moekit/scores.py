@@ -35,7 +35,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def bootstrap(
-    groups: Sequence[Float[np.ndarray, "n"]], seed: int = 0, resamples: int = BOOTSTRAP
+    groups: Sequence[Float[np.ndarray, "..."]], seed: int = 0, resamples: int = BOOTSTRAP
 ) -> tuple[float, float]:
     """95 % interval of the mean over groups of their means, resampling examples in each group."""
     rng = np.random.default_rng(seed)

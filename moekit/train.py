@@ -182,6 +182,9 @@ class _Trainer:
         self.params, self.rest, self.opt_state, report = self.step(
             self.params, self.rest, self.opt_state, batch, key
         )
+        if self.model.mesh is not None and jax.default_backend() == "cpu":
+            # collectives of two steps in flight starve each other of a small machine's threads
+            jax.block_until_ready(report)
         self.pending.append((int(batch.loss_weights.size + batch.inputs.size), report))
         self.done += 1
 

@@ -70,7 +70,8 @@ mk.show(mk.plot_learning_curves(curves, "encoder_dropped", label, title), "07-dr
 # ## After training
 # The routing of held-out text. `confidence` is the mean combine weight, `router entropy` how
 # undecided the router is about a token; load entropy is about all tokens together. A router can be
-# sure of every token and balanced over all of them.
+# sure of every token and balanced over all of them. These texts have no target: the decoder reads
+# nothing but its start token, so look at the encoder's rows.
 
 # %%
 traces = {name: lab.trace(run.model) for name, run in runs.items()}

@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
 
 
 def model(flavour="st", seed=0, **changes):
-    cfg = mk.preset(f"{flavour}-nano").replace(d_model=16, d_ff=32, num_experts=4, **changes)
+    cfg = mk.preset(f"{flavour}-nano").replace(d_model=16, d_ff=32, **changes)
     return mk.EncoderDecoder(cfg, seed=seed)
 
 

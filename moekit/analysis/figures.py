@@ -27,7 +27,7 @@ from moekit.moe.routing import Routing
 
 matplotlib.rcParams["svg.hashsalt"] = "moekit"
 LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++")
 GREYS = ("0.25", "0.85", "0.55", "0.95", "0.7", "0.4")
 
 
