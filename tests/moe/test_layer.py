@@ -82,7 +82,7 @@ def test_poisoned_padding_changes_nothing(route):
         y, stats, _ = nnx.merge(graphdef, state)(x, mask, token_ids=ids)
         return y.sum() + stats.balance_loss() + stats.router_z_loss(), (y, stats)
 
-    grad = jax.grad(run, has_aux=True)
+    grad = jax.jit(jax.grad(run, has_aux=True))
     clean, seen = grad(state, jnp.where(mask[..., None], x, 0.0))
     poisoned, seen_poisoned = grad(state, jnp.where(mask[..., None], x, jnp.nan))
     same = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
