@@ -290,7 +290,7 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     Whiskers are 95 % intervals, dots chance, lines the majority answer.
     """
     suites = [scores["name"].split(" on ")[-1] for scores in next(iter(groups.values()))]
-    fig, ax = plt.subplots(figsize=(2 + 1.3 * len(suites), 3.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(max(6.0, 2 + 1.3 * len(suites)), 4.2), layout="constrained")
     width = 0.8 / len(groups)
     for i, (model, scores) in enumerate(groups.items()):
         means = [each["mean"] for each in scores]
@@ -323,5 +323,5 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     )
     ax.set_xticks(at, suites)
     ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
-    ax.legend(frameon=False, fontsize=8, ncols=2)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return fig
