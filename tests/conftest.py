@@ -10,6 +10,15 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("moekit", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs():
+    """XLA maps memory for every program it compiles and crashes at the kernel's 65,530 maps."""
+    yield
+    jax.clear_caches()
