@@ -421,7 +421,7 @@ def _ours() -> dict[str, dict]:
     """
     small = {
         "nano": (
-            _shape(2, 64, 256, 4, 16, vocab_size=384, tokenizer="byte", max_length=512),
+            _shape(2, 64, 256, 4, 16, vocab_size=384, tokenizer="byte", max_length=4096),
             8,
             1,
         ),

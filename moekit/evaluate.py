@@ -4,7 +4,7 @@ Q queries of a batch, R rows (a query with one of its options), L input length, 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,12 +25,12 @@ from moekit.data.tasks import (
     stable_random,
 )
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
-from moekit.generate import bucket, generate
+from moekit.generate import bucket, generate, length_groups, rows_at
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.scores import Difference, Scores, TaskScore, commonest, compare, exact_match, rouge_l
 
 __all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]
-QUERIES, ROWS = 16, 64
+QUERIES = 16  # of a batch, with four times as many options
 
 
 @functools.lru_cache(maxsize=16)
@@ -65,7 +65,9 @@ def rank_options(
     graphdef, state = nnx.split(model)
     score = _compiled_scores(graphdef)
     best = [0] * len(prompts)
-    groups = list(_groups(prompts, tokenizer))
+    lengths = [len(tokenizer.encode(prompt.input)) + 1 for prompt in prompts]
+    options = [len(prompt.options) for prompt in prompts]
+    groups = list(length_groups(lengths, model.cfg.max_length, QUERIES, options))
     for indices in tqdm(groups, desc="rank options", unit="batch", leave=False):
         chosen = [prompts[i] for i in indices]
         scores = np.asarray(score(state, *_option_rows(chosen, tokenizer, model.cfg.max_length)))
@@ -76,36 +78,23 @@ def rank_options(
     return best
 
 
-def _groups(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, at most QUERIES of them with ROWS options together."""
-    order = sorted(range(len(prompts)), key=lambda i: len(tokenizer.encode(prompts[i].input)))
-    group, rows = [], 0
-    for i in order:
-        options = len(prompts[i].options)
-        if group and (len(group) == QUERIES or rows + options > ROWS):
-            yield group
-            group, rows = [], 0
-        group.append(i)
-        rows += options
-    if group:
-        yield group
-
-
 def _option_rows(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> tuple:
     """Arrays of fixed shape for the compiled score: inputs, segments, owner, targets, weights."""
     options = [[*tokenizer.encode(o), EOS] for p in prompts for o in p.options]
     owners = [i for i, p in enumerate(prompts) for _ in p.options]
     length = max(len(tokenizer.encode(p.input)) for p in prompts) + 1
+    length = bucket(length, longest)
     bare = [Prompt(p.input, "", task=p.task, id=p.id) for p in prompts]
-    batch = pad_prompts(bare, tokenizer, input_length=bucket(length, longest), target_length=1)
-    rows, width = max(ROWS, len(options)), 16
+    batch = pad_prompts(bare, tokenizer, input_length=length, target_length=1)
+    queries = rows_at(length, QUERIES)
+    rows, width = max(4 * queries, len(options)), 16
     while width < max(map(len, options)):
         width *= 2
     targets, weights = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
     for i, ids in enumerate(options):
         targets[i, : len(ids)], weights[i, : len(ids)] = ids, 1
     owner = np.pad(np.array(owners, np.int32), (0, rows - len(owners)))
-    fill = ((0, QUERIES - len(prompts)), (0, 0))
+    fill = ((0, queries - len(prompts)), (0, 0))
     inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
     return inputs, segments, owner, targets, weights
 

@@ -4,7 +4,7 @@ B batch, L input length, T longest output.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,30 @@ def bucket(length: int, longest: int) -> int:
     while size < length:
         size *= 2
     return min(size, longest)
+
+
+def rows_at(length: int, most: int) -> int:
+    """Rows of a batch of that length: attention takes memory by its square."""
+    return max(1, min(most, 2**23 // length**2))
+
+
+def length_groups(
+    lengths: Sequence[int], longest: int, most: int, parts: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of texts of similar length, for batches of `rows_at` their bucket.
+
+    Args:
+      parts: what each text brings to its batch (its options, say), which holds `4 * most` in all.
+    """
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = len(group) >= rows_at(bucket(lengths[i], longest), most)
+        if group and (full or (parts and sum(parts[j] for j in (*group, i)) > 4 * most)):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 @functools.lru_cache(maxsize=32)
@@ -81,6 +105,9 @@ def generate(
 ) -> list[str]:
     """What the model says to each text: greedily, or sampled at a temperature above 0.
 
+    Args:
+      batch_size: most texts at a time; long ones come in smaller batches.
+
     Raises:
       ValueError: a text is longer than the model's max_length, or temperature is negative.
     """
@@ -89,20 +116,20 @@ def generate(
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     prompts = [Prompt(text, "", id=str(i)) for i, text in enumerate(texts)]
     lengths = [len(tokenizer.encode(text)) + 1 for text in texts]
-    order = np.argsort(lengths, kind="stable")
+    longest, key = model.cfg.max_length, jax.random.key(seed)
     graphdef, state = nnx.split(model)
     run = _compiled(graphdef, max_new_tokens, temperature > 0)
-    key, answers = jax.random.key(seed), [""] * len(texts)
-    starts = range(0, len(texts), batch_size)
-    for start in tqdm(starts, desc="generate", unit="batch", leave=False, disable=len(starts) < 2):
-        rows = order[start : start + batch_size]
-        size = bucket(max(lengths[i] for i in rows), model.cfg.max_length)
+    answers, groups = [""] * len(texts), list(length_groups(lengths, longest, batch_size))
+    bar = tqdm(groups, desc="generate", unit="batch", leave=False, disable=len(groups) < 2)
+    for number, group in enumerate(bar):
+        size = bucket(max(lengths[i] for i in group), longest)
         batch = pad_prompts(
-            [prompts[i] for i in rows], tokenizer, input_length=size, target_length=1
+            [prompts[i] for i in group], tokenizer, input_length=size, target_length=1
         )
-        fill = ((0, batch_size - len(rows)), (0, 0))
+        fill = ((0, rows_at(size, batch_size) - len(group)), (0, 0))
         inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
-        out = np.asarray(run(state, inputs, segments, jax.random.fold_in(key, start), temperature))
-        for i, ids in zip(rows, out, strict=False):
+        noise = jax.random.fold_in(key, number)
+        out = np.asarray(run(state, inputs, segments, noise, temperature))
+        for i, ids in zip(group, out, strict=False):
             answers[i] = tokenizer.decode(ids)
     return answers

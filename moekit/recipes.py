@@ -43,7 +43,7 @@ PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)
 TUNE = TrainConfig(learning_rate=1e-2, schedule="constant", warmup_steps=20)
 FLAN_DROPOUT = {"dropout": 0.05, "expert_dropout": 0.2}  # Shen 2023
 # in its two minutes a nano model underfits: a higher rate that falls to zero, and no dropout
-NANO_TUNE = TUNE.replace(learning_rate=4e-2, schedule="linear", warmup_steps=50)
+NANO_TUNE = TUNE.replace(learning_rate=6e-2, schedule="linear", warmup_steps=50)
 
 
 def pretrain(model: EncoderDecoder, corpus: Corpus, config: TrainConfig = PRETRAIN, **kw) -> Run:

@@ -26,7 +26,8 @@ def tour(out: Path = Path("tour"), *, in_place: bool = False, only: str = "") ->
       only: prefix of the notebooks to run, such as "01".
 
     Raises:
-      ValueError: a cell failed or warned; the message has notebook, cell and error.
+      ValueError: a cell failed or warned; the message has notebook, cell and error, and `out` has
+        the notebook as far as it came.
     """
     import jupytext
 
@@ -44,7 +45,11 @@ def tour(out: Path = Path("tour"), *, in_place: bool = False, only: str = "") ->
             bar.set_description(path.stem)
             start = time.perf_counter()
             notebook = jupytext.read(path)
-            cells = _execute(notebook, path)
+            try:
+                cells = _execute(notebook, path)
+            except ValueError:
+                _write(notebook, out / f"{path.stem}.ipynb")
+                raise
             seconds = round(time.perf_counter() - start, 1)
             for folder in (out, path.parent) if in_place else (out,):
                 _write(notebook, folder / f"{path.stem}.ipynb")
@@ -58,16 +63,27 @@ def _execute(notebook, path: Path) -> int:
     import nbclient
     import nbformat
 
-    strict = nbformat.v4.new_code_cell("import warnings; warnings.simplefilter('error')")
-    notebook.cells.insert(0, strict)
+    # the kernel's own shutdown may warn
+    strict = "import warnings; warnings.simplefilter('error')"
+    strict += "; warnings.filterwarnings('ignore', module='ipykernel')"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
     client = nbclient.NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": "."}}
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": "."}},
     )
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
         problem = f"{error.ename}: {error.evalue}"
-        raise ValueError(f"notebook {path.stem} failed: {problem[:400]}") from None
+        failed = next(
+            number
+            for number, cell in enumerate(notebook.cells)
+            if any(output.output_type == "error" for output in cell.get("outputs", ()))
+        )
+        raise ValueError(f"notebook {path.stem}, cell {failed}: {problem[:400]}") from None
     except nbclient.exceptions.CellTimeoutError:
         raise ValueError(f"notebook {path.stem}: a cell took more than {TIMEOUT} s") from None
     del notebook.cells[0]

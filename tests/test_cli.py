@@ -43,7 +43,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["train", "--mixture", "flan2022"], "set the environment variable MOEKIT_DATA"),
         (["train", "--corpus", "mirror"], "set the environment variable MOEKIT_DATA"),
         (["train", "--batch-tokens", "8"], "less than one row"),
-        (["train", "--input-length", "4096"], "exceeds st-nano's max_length 512"),
+        (["train", "--input-length", "8000"], "exceeds st-nano's max_length 4096"),
         (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),
         (["train", "--router", "expert-choice"], "later tokens"),
         (["eval", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),

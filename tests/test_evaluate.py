@@ -139,5 +139,5 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert a == b != c
     with pytest.raises(ValueError, match="temperature is -1"):
         mk.generate(model, ["x"], temperature=-1.0)
-    with pytest.raises(ValueError, match="are 601 tokens long, more than the 512"):
-        mk.generate(model, ["x" * 600])
+    with pytest.raises(ValueError, match="are 5001 tokens long, more than the 4096"):
+        mk.generate(model, ["x" * 5000])

@@ -165,7 +165,7 @@ def test_a_model_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_length": 1024, "batch_tokens": 8192}, "exceeds st-nano's max_length 512"),
+        ({"input_length": 8192, "batch_tokens": 16384}, "exceeds st-nano's max_length 4096"),
         ({"freeze": ("router",)}, "is dense"),
     ],
 )

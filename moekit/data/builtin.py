@@ -17,8 +17,7 @@ from functools import lru_cache
 from moekit.data import generators as g
 from moekit.data.corruption import Corpus, Document
 from moekit.data.embedded import Entry, entries, split_of
-from moekit.data.tasks import Example, Task, Template, stable_random
-from moekit.data.wordings import WORDINGS
+from moekit.data.tasks import WORDINGS, Example, Task, Template, stable_random, templates
 
 SIZE = 1500  # objects of a real task before they are split
 GENERATED = 5000  # of a generated one: fewer are learned by heart in the tour
@@ -26,11 +25,7 @@ ASKED = 250  # questions of a generated task in "valid" and "test" each
 MIN_TEXT = 160  # characters of a document
 
 HELD_OUT = ("description matching", "text selection", "cloze", "state tracking")
-_INVERTED = (
-    Template("The answer is {answer}. Write a question for it.", "{x}"),
-    Template("Make up a task whose answer is {answer}.", "{x}"),
-    Template("{answer} - what could have been asked?", "{x}"),
-)
+_INVERTED = templates("builtin", target="{x}")
 Objects = list[tuple[str, Example]]  # with the key whose hash decides the split
 
 
@@ -214,7 +209,7 @@ def _objects(name: str) -> tuple[tuple[str, Example], ...]:
 
 def _load(name: str, split: str) -> list[Example]:
     part, generated = split, name not in _REAL
-    if generated and WORDINGS[name][0] in HELD_OUT:
+    if generated and WORDINGS["builtin"][name]["cluster"] in HELD_OUT:
         # never trained on: few exemplars and many questions, so the two parts swap roles
         part = {"train": "test", "test": "train"}.get(split, split)
     found = [example for key, example in _objects(name) if split_of(key) == part]
@@ -225,14 +220,13 @@ def _load(name: str, split: str) -> list[Example]:
 def builtin_tasks() -> dict[str, Task]:
     """All embedded tasks by name; `task.held_out` tells which clusters are never trained on."""
     tasks = {}
-    for name, (cluster, wordings) in WORDINGS.items():
-        templates = tuple(Template(" ".join(text.split())) for text in wordings.split("|"))
-        generated = name not in _REAL
+    for name, asked in WORDINGS["builtin"].items():
+        cluster, generated = asked["cluster"], name not in _REAL
         tasks[name] = Task(
             name,
             cluster,
             lambda split, name=name: _load(name, split),
-            templates,
+            tuple(map(Template, asked["wordings"])),
             inverted=_INVERTED if generated else (),
             held_out=cluster in HELD_OUT,
         )

@@ -11,79 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moekit.data.sources import BadRow, data_dir, read_json, read_rows
-from moekit.data.tasks import LETTERS, Example, Task, Template
+from moekit.data.tasks import LETTERS, Example, Task, templates
 from moekit.errors import unknown
 
 MAX_LABELS = 8  # a task with at most so many distinct answers is a classification
 
-_NIV2 = tuple(
-    Template(text)
-    for text in (
-        "{definition}\n\n{input}",
-        "{definition}\n\nInput: {input}\nOutput:",
-        "Instructions: {definition}\n\nInput: {input}\nAnswer:",
-        "{input}\n\n{definition}",
-        "You will be given a task. {definition}\n\n{input}",
-        "Task description: {definition}\n\nHere is the input: {input}\nWhat is the output?",
-        "{definition}\nQ: {input}\nA:",
-        "Read the instruction and solve it.\n{definition}\n\nProblem: {input}\nSolution:",
-        "Given the input below, follow the instruction after it.\n{input}\n{definition}",
-        "Detailed instructions: {definition}\nNow the case at hand: {input}\nYour response:",
-    )
-)
-_QUESTION = tuple(
-    Template(text)
-    for text in (
-        "{question}",
-        "Question: {question}\nAnswer:",
-        "Answer the following question. {question}",
-        "Q: {question}\nA:",
-        "Here is a question: {question}\nWhat is the answer?",
-        "Please answer this: {question}",
-        "Solve this problem. {question}",
-        "Think about the question and answer it.\n{question}",
-        "Can you answer the question below?\n{question}",
-        "{question}\nGive the answer.",
-    )
-)
-_READING = tuple(
-    Template(text)
-    for text in (
-        "{context}\n\n{question}",
-        "{context}\nQuestion: {question}\nAnswer:",
-        "Read the text and answer the question.\n{context}\n{question}",
-        "Text: {context}\n\nGoing by the text, {question}",
-        "{question}\nUse this passage: {context}",
-        "Passage: {context}\nQ: {question}\nA:",
-        "From the paragraph below, {question}\n{context}",
-        "{context}\nWith that in mind: {question}",
-        "Here is a passage. {context}\nHere is a question about it. {question}",
-        "Answer using what is written. {context}\n\n{question}",
-    )
-)
-_DIALOG = tuple(
-    Template(text)
-    for text in (
-        "{instruction}",
-        "{instruction}\nResponse:",
-        "User: {instruction}\nAssistant:",
-        "Please help with this: {instruction}",
-        "Request: {instruction}\nReply:",
-        "{instruction}\nWrite a helpful answer.",
-        "A person asks: {instruction}\nYou answer:",
-        "Instruction: {instruction}\nOutput:",
-        "I need the following. {instruction}",
-        "How would you respond? {instruction}",
-    )
-)
-_INVERTED = tuple(
-    Template(text, "{question}")
-    for text in (
-        "The answer is {answer}. What was the question?",
-        "Write a question whose answer is {answer}.",
-        "Which question is answered by this? {answer}",
-    )
-)
+_NIV2, _QUESTION, _READING, _DIALOG = map(templates, ("niv2", "question", "reading", "dialog"))
+_INVERTED = templates("question", target="{question}")
 
 
 @functools.lru_cache(maxsize=4)

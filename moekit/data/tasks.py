@@ -4,14 +4,17 @@ import hashlib
 import random
 import re
 import string
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.resources import files
 
 from moekit.errors import unknown
 
 METRICS = ("accuracy", "exact_match", "rouge_l")
 LETTERS = string.ascii_uppercase
+WORDINGS = tomllib.loads(files("moekit.data").joinpath("templates.toml").read_text("utf-8"))
 # How options may be shown; where each is lettered, the letter is the answer (FLAN v2).
 OPTION_STYLES: tuple[tuple[str, str, bool], ...] = (
     ("\nOptions:\n", "- {text}", False),
@@ -53,6 +56,14 @@ class Template:
 
     prompt: str
     target: str = "{answer}"
+
+
+def templates(family: str, target: str | None = None) -> tuple[Template, ...]:
+    """The wordings of a family of tasks; with a target, those that show the answer and ask for
+    that instead."""
+    if target is None:
+        return tuple(map(Template, WORDINGS["family"][family]))
+    return tuple(Template(text, target) for text in WORDINGS["inverted"][family])
 
 
 @dataclass(frozen=True)

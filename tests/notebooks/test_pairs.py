@@ -43,7 +43,7 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/01_bad.py").write_text("# %%\nimport warnings\nwarnings.warn('old')\n")
-    with pytest.raises(ValueError, match="notebook 01_bad failed: UserWarning: old"):
+    with pytest.raises(ValueError, match="notebook 01_bad, cell 1: UserWarning: old"):
         tour(tmp_path / "out")
     (tmp_path / "notebooks/01_bad.py").write_text("# %%\nprint(1)\n")
     assert tour(tmp_path / "out")[0]["cells"] == 1
