@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from moekit.analysis.balance import expert_load
 from moekit.analysis.specialization import (
@@ -287,7 +288,7 @@ def plot_learning_curves(
 def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     """Bars by suite and model: groups {model: [Scores.to_dict(), ..]}, the same suites in each.
 
-    Whiskers are 95 % intervals, dots chance, lines the majority answer.
+    Whiskers are 95 % intervals, lines chance (solid) and the majority answer (dashed).
     """
     suites = [scores["name"].split(" on ")[-1] for scores in next(iter(groups.values()))]
     fig, ax = plt.subplots(figsize=(max(6.0, 2 + 1.3 * len(suites)), 4.2), layout="constrained")
@@ -311,16 +312,11 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
         )
     base = next(iter(groups.values()))
     at = np.arange(len(base))
-    ax.plot(at, [s["mean"]["chance"] for s in base], "o", color="black", ms=4, label="chance")
-    ax.hlines(
-        [s["mean"]["majority"] for s in base],
-        at - 0.42,
-        at + 0.42,
-        color="black",
-        lw=1,
-        linestyles="dashed",
-        label="majority",
-    )
+    cased = [withStroke(linewidth=3, foreground="white")]  # seen on dark bars too
+    for baseline, style in (("chance", "solid"), ("majority", "dashed")):
+        heights = [scores["mean"][baseline] for scores in base]
+        lines = {"color": "black", "lw": 1.2, "linestyles": style, "path_effects": cased}
+        ax.hlines(heights, at - 0.42, at + 0.42, label=baseline, **lines)
     ax.set_xticks(at, suites)
     ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
