@@ -1,6 +1,7 @@
 """Checkpoints (orbax): model, optimizer, data position and configurations in one, written whole."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -34,12 +35,25 @@ class Checkpoints:
         """The steps of all complete checkpoints."""
         return sorted(self._manager.all_steps())
 
+    def require_room(self, copies: int, **items: dict) -> None:
+        """OSError unless the disk has room for so many more checkpoints of these arrays."""
+        # json, indices and block sizes come on top of the arrays
+        needed = copies * (1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + 2**18)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder} has {free / 1e6:,.1f} MB free, checkpoints need "
+                f"{needed / 1e6:,.1f} MB: make room or choose another workdir; former checkpoints "
+                "are intact"
+            )
+
     def save(self, step: int, meta: dict, **items: dict) -> None:
         """Write named nested dicts of arrays and JSON-ready facts; returns when they are on disk.
 
         Raises:
           OSError: the disk is full or not writable; former checkpoints remain.
         """
+        self.require_room(1, **items)
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
         try:

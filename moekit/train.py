@@ -253,10 +253,20 @@ class _Trainer:
     def _optimizer_leaves(self) -> dict:
         return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.opt_state))}
 
+    def _arrays(self) -> dict:
+        """What a checkpoint holds."""
+        model = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
+        return {"model": model, "optimizer": self._optimizer_leaves()}
+
     def open(self, resume: bool) -> None:
         """Prepare the folder; take up its newest checkpoint if there is one."""
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
-        step = self.checkpoints.latest()
+        step, config = self.checkpoints.latest(), self.config
+        saves = -(-config.steps // config.save_every) if config.save_every else 1
+        if (step or 0) < config.steps:
+            # a new one is written before the oldest goes
+            copies = min(saves, config.keep + 1) - len(self.checkpoints.steps())
+            self.checkpoints.require_room(copies, **self._arrays())
         if step is None:
             self.metrics.keep_until(-1)
             return
@@ -294,8 +304,7 @@ class _Trainer:
     def save(self) -> None:
         if self.checkpoints is not None and self.checkpoints.latest() != self.done:
             meta = self.facts() | {"stream": self.stream.get_state()}
-            model = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
-            self.checkpoints.save(self.done, meta, model=model, optimizer=self._optimizer_leaves())
+            self.checkpoints.save(self.done, meta, **self._arrays())
 
 
 def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:

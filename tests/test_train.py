@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,15 @@ def test_a_failed_write_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.latest() == 1
     restored = checkpoints.restore(1, model={"w": jnp.zeros(3)})
     np.testing.assert_array_equal(restored["model"]["w"], jnp.arange(3.0))
+
+
+def test_a_disk_without_room_is_reported_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr("moekit.checkpoint.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"has 2.0 MB free, checkpoints need \d.* make room"):
+        mk.train(model(), TEXT, CONFIG, workdir=tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert Checkpoints(tmp_path / "checkpoints").latest() is None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
