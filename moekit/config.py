@@ -240,7 +240,10 @@ def _router_from_dict(values: Mapping[str, Any]) -> Router:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage. A batch holds batch_tokens // (input_length + target_length) rows.
+    """One training stage.
+
+    A batch holds batch_tokens // (input_length + target_length) rows, from 8 on rounded down to a
+    multiple of 8 so that the usual meshes divide it.
 
     Args:
       learning_rate: the peak; Adafactor multiplies it by each parameter's scale (T5).
@@ -301,7 +304,8 @@ class TrainConfig:
     @property
     def batch_size(self) -> int:
         """Rows of a batch."""
-        return self.batch_tokens // (self.input_length + self.target_length)
+        rows = self.batch_tokens // (self.input_length + self.target_length)
+        return rows - rows % 8 if rows >= 8 else rows
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
@@ -421,7 +425,7 @@ def _ours() -> dict[str, dict]:
     """
     small = {
         "nano": (
-            _shape(2, 64, 256, 4, 16, vocab_size=384, tokenizer="byte", max_length=4096),
+            _shape(2, 64, 256, 2, 32, vocab_size=384, tokenizer="byte", max_length=4096),
             8,
             1,
         ),

@@ -28,6 +28,7 @@ from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.generate import bucket, generate, length_groups, rows_at
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.scores import Difference, Scores, TaskScore, commonest, compare, exact_match, rouge_l
+from moekit.sharding import split_rows
 
 __all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]
 QUERIES = 16  # of a batch, with four times as many options
@@ -67,10 +68,10 @@ def rank_options(
     best = [0] * len(prompts)
     lengths = [len(tokenizer.encode(prompt.input)) + 1 for prompt in prompts]
     options = [len(prompt.options) for prompt in prompts]
-    groups = list(length_groups(lengths, model.cfg.max_length, QUERIES, options))
+    groups = list(length_groups(lengths, model.cfg.max_length, QUERIES, options, model.mesh))
     for indices in tqdm(groups, desc="rank options", unit="batch", leave=False):
         chosen = [prompts[i] for i in indices]
-        scores = np.asarray(score(state, *_option_rows(chosen, tokenizer, model.cfg.max_length)))
+        scores = np.asarray(score(state, *_option_rows(chosen, tokenizer, model)))
         at = 0
         for i, prompt in zip(indices, chosen, strict=True):
             best[i] = int(np.argmax(scores[at : at + len(prompt.options)]))
@@ -78,16 +79,16 @@ def rank_options(
     return best
 
 
-def _option_rows(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> tuple:
+def _option_rows(prompts: Sequence[Prompt], tokenizer: Tokenizer, model) -> tuple:
     """Arrays of fixed shape for the compiled score: inputs, segments, owner, targets, weights."""
     options = [[*tokenizer.encode(o), EOS] for p in prompts for o in p.options]
     owners = [i for i, p in enumerate(prompts) for _ in p.options]
     length = max(len(tokenizer.encode(p.input)) for p in prompts) + 1
-    length = bucket(length, longest)
+    length = bucket(length, model.cfg.max_length)
     bare = [Prompt(p.input, "", task=p.task, id=p.id) for p in prompts]
     batch = pad_prompts(bare, tokenizer, input_length=length, target_length=1)
-    queries = rows_at(length, QUERIES)
-    rows, width = max(4 * queries, len(options)), 16
+    queries = rows_at(length, QUERIES, model.mesh)
+    rows, width = -(-len(options) // (4 * queries)) * 4 * queries, 16
     while width < max(map(len, options)):
         width *= 2
     targets, weights = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
@@ -96,7 +97,7 @@ def _option_rows(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) 
     owner = np.pad(np.array(owners, np.int32), (0, rows - len(owners)))
     fill = ((0, queries - len(prompts)), (0, 0))
     inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
-    return inputs, segments, owner, targets, weights
+    return split_rows((inputs, segments, owner, targets, weights), model.mesh)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from moekit.data.pipeline import pad_prompts
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.model.transformer import EncoderDecoder
+from moekit.sharding import row_shards, split_rows
 
 
 def bucket(length: int, longest: int) -> int:
@@ -27,13 +29,18 @@ def bucket(length: int, longest: int) -> int:
     return min(size, longest)
 
 
-def rows_at(length: int, most: int) -> int:
-    """Rows of a batch of that length: attention takes memory by its square."""
-    return max(1, min(most, 2**23 // length**2))
+def rows_at(length: int, most: int, mesh: Mesh | None = None) -> int:
+    """Rows of a batch of that length: attention takes memory by its square. A mesh divides them."""
+    rows, shards = max(1, min(most, 2**23 // length**2)), row_shards(mesh)
+    return -(-rows // shards) * shards
 
 
 def length_groups(
-    lengths: Sequence[int], longest: int, most: int, parts: Sequence[int] | None = None
+    lengths: Sequence[int],
+    longest: int,
+    most: int,
+    parts: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[list[int]]:
     """Indices of texts of similar length, for batches of `rows_at` their bucket.
 
@@ -42,7 +49,7 @@ def length_groups(
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        full = len(group) >= rows_at(bucket(lengths[i], longest), most)
+        full = len(group) >= rows_at(bucket(lengths[i], longest), most, mesh)
         if group and (full or (parts and sum(parts[j] for j in (*group, i)) > 4 * most)):
             yield group
             group = []
@@ -119,15 +126,19 @@ def generate(
     longest, key = model.cfg.max_length, jax.random.key(seed)
     graphdef, state = nnx.split(model)
     run = _compiled(graphdef, max_new_tokens, temperature > 0)
-    answers, groups = [""] * len(texts), list(length_groups(lengths, longest, batch_size))
+    answers, groups = (
+        [""] * len(texts),
+        list(length_groups(lengths, longest, batch_size, mesh=model.mesh)),
+    )
     bar = tqdm(groups, desc="generate", unit="batch", leave=False, disable=len(groups) < 2)
     for number, group in enumerate(bar):
         size = bucket(max(lengths[i] for i in group), longest)
         batch = pad_prompts(
             [prompts[i] for i in group], tokenizer, input_length=size, target_length=1
         )
-        fill = ((0, rows_at(size, batch_size) - len(group)), (0, 0))
+        fill = ((0, rows_at(size, batch_size, model.mesh) - len(group)), (0, 0))
         inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
+        inputs, segments = split_rows((inputs, segments), model.mesh)
         noise = jax.random.fold_in(key, number)
         out = np.asarray(run(state, inputs, segments, noise, temperature))
         for i, ids in zip(group, out, strict=False):

@@ -78,6 +78,16 @@ def _virtual_cpu_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
+def row_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
+
+
+def split_rows(batch, mesh: Mesh | None):
+    """A tree of arrays with their rows split over the mesh; without one as they are."""
+    return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH))
+
+
 def check_experts(num_experts: int, mesh: Mesh, what: str) -> None:
     """ValueError if the expert axis does not divide the experts."""
     axis = mesh.shape["expert"]

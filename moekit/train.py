@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from moekit.metrics import Metrics
 from moekit.model.transformer import EncoderDecoder, auxiliary_losses
 from moekit.moe.layer import LayerStats, update_router_bias
 from moekit.optim import make_optimizer, schedule
-from moekit.sharding import BATCH
+from moekit.sharding import row_shards, split_rows
 
 EVAL_BATCHES = 16  # of a validation loss
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
@@ -139,17 +138,12 @@ def evaluate_loss(model: EncoderDecoder, stream: Sequence[Batch]) -> dict[str, f
     graphdef, state = nnx.split(model)
     step, total = _compiled_eval(graphdef), None
     for batch in stream:
-        sums = step(state, _placed(batch, model))
+        # one at a time: collectives in flight starve each other of a small machine's threads
+        sums = jax.block_until_ready(step(state, split_rows(batch, model.mesh)))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     count = float(total["count"])
     loss, hits = float(total["cross_entropy"]), float(total["hits"])
     return {"valid_loss": loss / count, "valid_accuracy": hits / count}
-
-
-def _placed(batch: Batch, model: EncoderDecoder) -> Batch:
-    if model.mesh is None:
-        return batch
-    return jax.device_put(batch, NamedSharding(model.mesh, BATCH))
 
 
 class _Trainer:
@@ -177,7 +171,7 @@ class _Trainer:
         self.key = jax.random.key(config.seed)
 
     def advance(self) -> None:
-        batch = _placed(next(self.stream), self.model)
+        batch = split_rows(next(self.stream), self.model.mesh)
         key = jax.random.fold_in(self.key, self.done)
         self.params, self.rest, self.opt_state, report = self.step(
             self.params, self.rest, self.opt_state, batch, key
@@ -319,14 +313,13 @@ def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> 
             f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.name} only {cfg.vocab_size}: use "
             f"cfg.replace(vocab_size={tokenizer.vocab_size})"
         )
-    if model.mesh is not None:
-        shards = model.mesh.shape["data"] * model.mesh.shape["expert"]
-        if config.batch_size % shards:
-            row = config.input_length + config.target_length
-            raise ValueError(
-                f"a batch of {config.batch_size} rows cannot be split over {shards} devices: use "
-                f"batch_tokens={-(-config.batch_size // shards) * shards * row}"
-            )
+    shards = row_shards(model.mesh)
+    if config.batch_size % shards:
+        row = config.input_length + config.target_length
+        raise ValueError(
+            f"a batch of {config.batch_size} rows cannot be split over {shards} devices: use "
+            f"batch_tokens={-(-config.batch_size // shards) * shards * row}"
+        )
     if config.freeze and not cfg.num_experts:
         raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
 

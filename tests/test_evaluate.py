@@ -8,6 +8,7 @@ import pytest
 import moekit as mk
 from moekit.data.tasks import Example, Task, Template
 from moekit.evaluate import rank_options
+from moekit.generate import bucket, length_groups, rows_at
 from moekit.scores import Scores, TaskScore, bootstrap, compare, exact_match, normalise, rouge_l
 
 TEN = tuple(Template(f"{i} " + "{x}") for i in range(10))
@@ -83,6 +84,36 @@ def test_ranking_equals_scoring_each_option_alone(model):
             log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             means.append(np.mean([row[i] for row, i in zip(log_probs, [*ids, 1], strict=True)]))
         assert int(np.argmax(means)) == best
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "expert": 4}], ids=str)
+def test_batches_hold_fewer_long_texts_and_split_over_the_mesh(mesh):
+    mesh = mesh and mk.make_mesh(**mesh)
+    lengths = [5000, 60, 3000, 61, 700, 2000, 65] * 3
+    parts = [3] * 21
+    groups = list(length_groups(lengths, 4096, 16, parts, mesh))
+    assert sorted(i for group in groups for i in group) == list(range(21))
+    shards = 8 if mesh else 1
+    for group in groups:
+        size = bucket(max(lengths[i] for i in group), 4096)
+        rows = rows_at(size, 16, mesh)
+        assert len(group) <= rows <= 16 and rows % shards == 0
+        assert rows == shards or rows * size**2 <= 2**23
+        assert sum(parts[i] for i in group) <= 64
+
+
+def test_a_mesh_gives_the_same_answers(model):
+    cfg = model.cfg.replace(eval_capacity_factor=8.0)
+    results = []
+    for mesh in (None, mk.make_mesh(data=2, expert=4)):
+        each = mk.EncoderDecoder(cfg, seed=0, mesh=mesh)
+        scores = mk.evaluate(each, [task(), task("free", options=False)], max_new_tokens=4)
+        prompts = [mk.format_prompt(task(), e) for e in task().examples("test")]
+        trace = mk.trace_routing(each, prompts, target_length=8)
+        results.append((np.concatenate([row.values for row in scores.rows]), trace))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    for one, many in zip(*(trace.stacks.values() for _, trace in results), strict=True):
+        np.testing.assert_array_equal(one.expert, many.expert)
 
 
 def test_scores_carry_chance_majority_and_intervals(model):

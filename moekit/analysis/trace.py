@@ -21,8 +21,9 @@ from moekit.data.pipeline import Batch, pad_pairs, tokenize_prompt
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
-from moekit.generate import bucket
+from moekit.generate import bucket, length_groups, rows_at
 from moekit.model.transformer import EncoderDecoder
+from moekit.sharding import split_rows
 
 FORMAT = 1
 
@@ -175,17 +176,16 @@ def trace_routing(
     pairs = [tokenize_prompt(prompt, tokenizer, **limits) for prompt in prompts]
     truncated = sum(len(tokenizer.encode(prompt.input)) >= longest for prompt in prompts)
     lengths = [len(pair["inputs"]) for pair in pairs]
-    order = np.argsort(lengths, kind="stable")
     graphdef, state = nnx.split(model)
     run, parts = _compiled(graphdef), {}
-    for start in tqdm(range(0, len(pairs), batch_size), desc="trace", unit="batch", leave=False):
-        rows = order[start : start + batch_size]
+    groups = list(length_groups(lengths, longest, batch_size, mesh=model.mesh))
+    for rows in tqdm(groups, desc="trace", unit="batch", leave=False):
         size = bucket(max(lengths[i] for i in rows), longest)
         chosen = [pairs[i] for i in rows]
         batch = pad_pairs(chosen, input_length=size, target_length=target_length)
-        missing = batch_size - len(rows)
+        missing = rows_at(size, batch_size, model.mesh) - len(rows)
         batch = jax.tree.map(lambda x, n=missing: np.pad(x, ((0, n), (0, 0))), batch)
-        for name, routing in jax.device_get(run(state, batch)).items():
+        for name, routing in jax.device_get(run(state, split_rows(batch, model.mesh))).items():
             parts.setdefault(name, []).append(_tokens(name, batch, rows, routing))
     stacks = {name: _joined(each) for name, each in parts.items()}
     return RouterTrace(
