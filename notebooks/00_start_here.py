@@ -81,8 +81,8 @@ mk.show(run.metrics.plot(f"{cfg.name}, its first {STEPS} steps"), "00-training")
 
 # %% [markdown]
 # ## Ask it
-# A few seconds of training teach the form of answers, not the answers. The interval and the chance
-# level beside each score say so.
+# So short a training teaches the form of answers and little else. The interval and the chance level
+# beside each score tell which tasks have gained.
 
 # %%
 tasks = [task for task in mixture.tasks if task.name in ("largest", "longest_word", "parity")]

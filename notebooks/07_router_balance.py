@@ -12,7 +12,7 @@
 #
 # **What you will see**: the same small MoE trained with and without its balance loss, with router
 # z-loss, and with bias-based balancing; load, entropy, violation and drops side by side; what
-# capacity costs. **Time**: about two minutes.
+# capacity costs. **Time**: about three minutes.
 
 # %%
 # On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
