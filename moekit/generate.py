@@ -126,10 +126,8 @@ def generate(
     longest, key = model.cfg.max_length, jax.random.key(seed)
     graphdef, state = nnx.split(model)
     run = _compiled(graphdef, max_new_tokens, temperature > 0)
-    answers, groups = (
-        [""] * len(texts),
-        list(length_groups(lengths, longest, batch_size, mesh=model.mesh)),
-    )
+    answers = [""] * len(texts)
+    groups = list(length_groups(lengths, longest, batch_size, mesh=model.mesh))
     bar = tqdm(groups, desc="generate", unit="batch", leave=False, disable=len(groups) < 2)
     for number, group in enumerate(bar):
         size = bucket(max(lengths[i] for i in group), longest)

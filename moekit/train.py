@@ -4,6 +4,7 @@ B batch, T target length, V vocabulary.
 """
 
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -315,10 +316,11 @@ def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> 
         )
     shards = row_shards(model.mesh)
     if config.batch_size % shards:
-        row = config.input_length + config.target_length
+        unit = math.lcm(8, shards)  # a batch rounds its rows down to a multiple of 8
+        rows = -(-config.batch_size // unit) * unit
         raise ValueError(
             f"a batch of {config.batch_size} rows cannot be split over {shards} devices: use "
-            f"batch_tokens={-(-config.batch_size // shards) * shards * row}"
+            f"batch_tokens={rows * (config.input_length + config.target_length)}"
         )
     if config.freeze and not cfg.num_experts:
         raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")

@@ -1,6 +1,7 @@
 """Training: losses, freezing, resuming, checkpoints, failures."""
 
 import json
+import math
 import os
 import shutil
 
@@ -17,6 +18,7 @@ from moekit.config import TrainConfig
 from moekit.data.corruption import Corpus, Document
 from moekit.data.pipeline import batches
 from moekit.optim import make_optimizer, schedule
+from moekit.sharding import AXES
 from moekit.train import NonFiniteLoss, token_losses
 
 TEXT = Corpus(
@@ -185,11 +187,16 @@ def test_settings_that_do_not_fit_the_model(changes, message):
         mk.train(model(which), TEXT, CONFIG.replace(**changes))
 
 
-def test_rows_must_divide_the_mesh():
-    cfg = mk.preset("st-nano")
-    sharded = mk.EncoderDecoder(cfg, mesh=mk.make_mesh(expert=8))
-    with pytest.raises(ValueError, match=r"batch of 4 rows cannot be split over 8 devices.*640"):
+@pytest.mark.parametrize("shape", [(1, 8, 1), (3, 2, 1)], ids=str)
+def test_rows_must_divide_the_mesh(shape):
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, AXES)
+    sharded = mk.EncoderDecoder(mk.preset("st-nano").replace(d_model=16, d_ff=32), mesh=mesh)
+    message = rf"batch of 4 rows cannot be split over {devices.size} devices"
+    with pytest.raises(ValueError, match=message) as error:
         mk.train(sharded, TEXT, CONFIG)
+    advised = int(str(error.value).rpartition("batch_tokens=")[2])
+    assert CONFIG.replace(batch_tokens=advised).batch_size % devices.size == 0
 
 
 def test_divergence_is_reported():
