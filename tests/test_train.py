@@ -68,9 +68,10 @@ def test_losses_against_numpy():
     assert float(found["cross_entropy"]) == pytest.approx(float((expected * weights).sum()), 1e-5)
 
 
-def test_training_lowers_the_loss():
-    config = CONFIG.replace(steps=20, learning_rate=5e-2, save_every=0, log_every=5)
-    run = mk.train(model("ec"), TEXT, config, eval_source=TEXT)
+@pytest.mark.parametrize("flavour", ["t5", "switch", "ec", "st"])
+def test_training_lowers_the_loss(flavour):
+    config = CONFIG.replace(steps=30, learning_rate=3e-2, save_every=0, log_every=5)
+    run = mk.train(model(flavour), TEXT, config, eval_source=TEXT)
     losses = run.metrics["loss"][1]
     assert losses[-1] < losses[0] - 0.3
     assert run.metrics.last("valid_loss") < losses[0]

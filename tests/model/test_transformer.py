@@ -46,9 +46,10 @@ def test_golden_buckets():
     assert past.tolist() == [0, 0, 1, 15, 16, 17, 31, 31]
 
 
+@pytest.mark.parametrize("factor", [0.25, 4.0])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_no_decoder_sees_the_future_even_when_tokens_are_dropped(flavour):
-    cfg = small(flavour, eval_capacity_factor=0.25, min_capacity=1)
+def test_no_decoder_sees_the_future(flavour, factor):
+    cfg = small(flavour, eval_capacity_factor=factor, min_capacity=1)
     model, batch = mk.EncoderDecoder(cfg, seed=1), padded(pairs())
     before = logits_of(model, batch)
     for t in (3, 8):
@@ -130,7 +131,7 @@ def test_t5_1_0_ties_and_scales_its_output():
     scaled = with_config(model, cfg)
     scaled.embedding_vd[...] = scaled.embedding_vd[...].at[350].multiply(2.0)
     ratio = logits_of(scaled, batch)[..., 350] / logits[..., 350]
-    # no id of the batch is as large as 350
+    assert not (batch.targets == 350).any() and not (batch.inputs == 350).any()
     np.testing.assert_allclose(ratio, 2.0, rtol=1e-4)
 
 
@@ -168,8 +169,9 @@ def test_auxiliary_losses_are_means_over_layers_of_both_stacks():
     assert auxiliary_losses(small("t5"), {}) == {"balance": 0, "router_z": 0}
 
 
-def test_a_mesh_of_eight_equals_one_device():
-    cfg, batch = small("st", **ROOM), padded(pairs(8), 32, 16)
+@pytest.mark.parametrize("flavour", ["t5", "st"])
+def test_a_mesh_of_eight_equals_one_device(flavour):
+    cfg, batch = small(flavour, **ROOM), padded(pairs(8), 32, 16)
     mesh = mk.make_mesh(data=2, expert=4)
     one, many = mk.EncoderDecoder(cfg, seed=8), mk.EncoderDecoder(cfg, seed=8, mesh=mesh)
     jax.tree.map(
@@ -177,5 +179,6 @@ def test_a_mesh_of_eight_equals_one_device():
     )
     alone, together = evaluate_loss(one, [batch]), evaluate_loss(many, [batch])
     assert alone == pytest.approx(together, rel=1e-4)
-    weight = many.encoder.blocks[-1].moe.experts.wi_edf[...]
-    assert weight.addressable_shards[0].data.shape[1] == cfg.num_experts // 4
+    if flavour == "st":
+        weight = many.encoder.blocks[-1].moe.experts.wi_edf[...]
+        assert weight.addressable_shards[0].data.shape[1] == cfg.num_experts // 4
