@@ -144,6 +144,13 @@ class ModelConfig:
             slots *= choices
         return max(1, min(choices or self.num_experts, int(slots)))
 
+    def split_by_model(self) -> dict[str, int]:
+        """The sizes that the model axis of a mesh must divide."""
+        sizes = {"heads": self.num_heads, "d_ff": self.d_ff}
+        if self.num_experts:
+            sizes["expert_d_ff"] = self.expert_d_ff or self.d_ff
+        return sizes | ({"extra_d_ff": self.extra_d_ff} if self.extra_d_ff else {})
+
     def num_parameters(self) -> Parameters:
         """Counted analytically; total equals the arrays of an `EncoderDecoder`."""
         total, active = 0, 0

@@ -5,6 +5,7 @@ them. Only this module knows both. Mesh axes: data, expert, model.
 """
 
 import contextlib
+import contextvars
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "expert", "model")
-BATCH = PartitionSpec(("data", "expert"))  # tokens are split over both
+ROW_AXES = ("data", "expert")  # the rows of a batch are split over both
+BATCH = PartitionSpec(ROW_AXES)
+# jax's own ambient mesh cannot be set while tracing, as under nnx.eval_shape
+_BIRTHPLACE: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,39 @@ def split_rows(batch, mesh: Mesh | None):
     return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH))
 
 
-def check_experts(num_experts: int, mesh: Mesh, what: str) -> None:
-    """ValueError if the expert axis does not divide the experts."""
-    axis = mesh.shape["expert"]
-    if num_experts and num_experts % axis:
-        fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-        raise ValueError(
-            f"{what} has {num_experts} experts, which expert={axis} devices cannot share evenly: "
-            f"use make_mesh(expert=n) with n in {fits}, or num_experts a multiple of {axis}"
-        )
+def variable_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
+    """Where a parameter lives, from the logical axes that `param` gave it; one that a scan has
+    stripped of its leading axes is recognised by its rank."""
+    shape = variable.shape
+    return Sharding().spec(shape, variable.axes[len(variable.axes) - len(shape) :], mesh)
+
+
+def check_mesh(mesh: Mesh | None, what: str, *, experts: int = 0, **model: int) -> None:
+    """ValueError, with the sizes that would do, if the expert axis does not divide the experts or
+    the model axis not every one of the other sizes (heads, hidden features; 0: there is none)."""
+    if mesh is None:
+        return
+    sizes = {"expert": {"experts": experts}, "model": model}
+    for axis, counts in sizes.items():
+        devices = mesh.shape[axis]
+        for name, count in counts.items():
+            if count % devices:
+                common = math.gcd(*counts.values())
+                fits = [n for n in range(1, common + 1) if common % n == 0]
+                raise ValueError(
+                    f"{what} has {count} {name}, which {axis}={devices} devices cannot share "
+                    f"evenly: use make_mesh({axis}=n) with n in {fits}"
+                )
+
+
+@contextlib.contextmanager
+def birthplace(mesh: Mesh | None):
+    """A context in which parameters are born sharded over a mesh."""
+    token = _BIRTHPLACE.set(mesh)
+    try:
+        yield
+    finally:
+        _BIRTHPLACE.reset(token)
 
 
 def param(
@@ -108,7 +136,7 @@ def param(
     stddev: float | None = None,
     value: float | None = None,
 ) -> nnx.Param:
-    """A float32 parameter with logical axes, born sharded where a mesh is set.
+    """A float32 parameter with logical axes, born sharded over the mesh of a `birthplace`.
 
     Truncated normal of variance 0.1 / fan_in (Fedus 2021), or normal of `stddev`, or constant.
     """
@@ -122,9 +150,7 @@ def param(
         std = math.sqrt(0.1 / fan_in) / 0.87962566103423978
         return std * jax.random.truncated_normal(key, -2, 2, shape)
 
-    # the abstract mesh can be asked for under jit and eval_shape as well
-    if not jax.sharding.get_abstract_mesh().empty:
-        mesh = jax.sharding.get_mesh()
+    if (mesh := _BIRTHPLACE.get()) is not None:
         sharding = NamedSharding(mesh, Sharding().spec(shape, axes, mesh))
         create = jax.jit(create, out_shardings=sharding)
     return nnx.Param(create(rngs.params()), axes=axes)

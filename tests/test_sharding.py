@@ -3,7 +3,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import moekit as mk
-from moekit.sharding import Sharding, check_experts
+from moekit.sharding import Sharding, check_mesh
 
 
 def test_leftover_devices_go_to_data():
@@ -28,10 +28,10 @@ def test_no_empty_axis():
 def test_experts_must_divide():
     mesh = mk.make_mesh(expert=8)
     with pytest.raises(ValueError, match=r"12 experts.*n in \[1, 2, 3, 4, 6, 12\]"):
-        check_experts(12, mesh, "mine")
+        check_mesh(mesh, "mine", experts=12)
     with pytest.raises(ValueError, match="st-nano has 12 experts"):
         mk.EncoderDecoder(mk.preset("st-nano").replace(num_experts=12), mesh=mesh)
-    check_experts(0, mesh, "a dense model")
+    check_mesh(mesh, "a dense model", experts=0)
 
 
 def test_specs_use_every_mesh_axis_once_and_only_where_it_divides():

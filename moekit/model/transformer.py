@@ -6,7 +6,6 @@ N heads, H head dimension, V vocabulary. A stack repeats a unit of `layers / spa
 repeats, and `jax.lax.scan` runs over it, so compile time does not grow with depth.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -21,7 +20,7 @@ from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
 from moekit.model.attention import Attention, RelativeBias, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting
-from moekit.sharding import check_experts, param
+from moekit.sharding import birthplace, check_mesh, param
 
 PAD = 0  # also what the decoder reads before the first target
 
@@ -117,7 +116,7 @@ class Layer(nnx.Module):
     """One pre-norm layer: self-attention, cross-attention in a decoder, a dense or sparse FFN, and
     after a sparse one, if the configuration has it, ST-MoE's extra dense FFN."""
 
-    def __init__(self, cfg: ModelConfig, stack_name: str, sparse: bool, *, stack, rngs):
+    def __init__(self, cfg: ModelConfig, stack_name: str, sparse: bool, *, stack, mesh, rngs):
         def attention():
             return Attention(
                 cfg.d_model, cfg.num_heads, cfg.head_dim, dtype=_dtype(cfg), stack=stack, rngs=rngs
@@ -136,7 +135,7 @@ class Layer(nnx.Module):
         self.cross_attention = attention() if decoder else None
         self.ffn_norm = norm()
         self.ffn = None if sparse else ffn(cfg.d_ff)
-        self.moe = _moe(cfg, stack_name, stack, rngs) if sparse else None
+        self.moe = _moe(cfg, stack_name, stack, mesh, rngs) if sparse else None
         extra = sparse and cfg.extra_d_ff
         self.extra_norm = norm() if extra else None
         self.extra_ffn = ffn(cfg.extra_d_ff) if extra else None
@@ -203,7 +202,7 @@ def _split(key, n: int):
     return (None,) * n if key is None else jax.random.split(key, n)
 
 
-def _moe(cfg: ModelConfig, stack_name: str, stack, rngs) -> MoE:
+def _moe(cfg: ModelConfig, stack_name: str, stack, mesh, rngs) -> MoE:
     return MoE(
         cfg.d_model,
         cfg.expert_d_ff or cfg.d_ff,
@@ -218,6 +217,7 @@ def _moe(cfg: ModelConfig, stack_name: str, stack, rngs) -> MoE:
         expert_dropout=cfg.expert_dropout,
         dtype=_dtype(cfg),
         stack=stack,
+        mesh=mesh,
         rngs=rngs,
     )
 
@@ -225,15 +225,14 @@ def _moe(cfg: ModelConfig, stack_name: str, stack, rngs) -> MoE:
 class Stack(nnx.Module):
     """Encoder or decoder: relative bias, repeated units, final norm."""
 
-    def __init__(self, cfg: ModelConfig, name: str, *, rngs):
+    def __init__(self, cfg: ModelConfig, name: str, *, mesh, rngs):
         layers, sparse = getattr(cfg, f"{name}_layers"), cfg.moe_layers(name)
         self.repeats = sparse or layers
         self.unit = layers // self.repeats
+        places = {"stack": (self.repeats,), "mesh": mesh, "rngs": rngs}
         self.blocks = nnx.List(
             [
-                Layer(
-                    cfg, name, bool(sparse) and i == self.unit - 1, stack=(self.repeats,), rngs=rngs
-                )
+                Layer(cfg, name, bool(sparse) and i == self.unit - 1, **places)
                 for i in range(self.unit)
             ]
         )
@@ -286,14 +285,13 @@ class EncoderDecoder(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None):
-        if mesh is not None:
-            check_experts(cfg.num_experts, mesh, cfg.name)
+        check_mesh(mesh, cfg.name, experts=cfg.num_experts, **cfg.split_by_model())
         rngs = nnx.Rngs(params=seed)
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with birthplace(mesh):
             shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
             self.embedding_vd = param(rngs, shape, axes, stddev=1.0)
-            self.encoder = Stack(cfg, "encoder", rngs=rngs)
-            self.decoder = Stack(cfg, "decoder", rngs=rngs)
+            self.encoder = Stack(cfg, "encoder", mesh=mesh, rngs=rngs)
+            self.decoder = Stack(cfg, "decoder", mesh=mesh, rngs=rngs)
             tied = cfg.tied_logits
             self.head_dv = (
                 None if tied else param(rngs, shape[::-1], axes[::-1], fan_in=cfg.d_model)

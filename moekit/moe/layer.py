@@ -11,11 +11,13 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
+from moekit.moe.parallel import Place, split_over_mesh
 from moekit.moe.routing import Router, Routing, Switch
-from moekit.sharding import param
+from moekit.sharding import ROW_AXES, birthplace, check_mesh, param, row_shards
 
 ACTIVATIONS = ("gated_gelu", "relu")
 
@@ -164,9 +166,9 @@ class Experts(nnx.Module):
         self.dropout, self.dtype = dropout, dtype
 
     def __call__(
-        self, x: Float[Array, "E C D"], key: Key[Array, ""] | None = None
+        self, x: Float[Array, "E C D"], keep: Bool[Array, "E C F"] | None = None
     ) -> Float[Array, "E C D"]:
-        """Dropout (with a key) acts on the hidden activation: expert dropout (Fedus 2021)."""
+        """`keep` drops hidden features: expert dropout (Fedus 2021)."""
         x = x.astype(self.dtype)
         h = jnp.einsum("ecd,edf->ecf", x, self.wi_edf[...].astype(self.dtype))
         if self.wg_edf is None:
@@ -174,10 +176,29 @@ class Experts(nnx.Module):
         else:
             gate = jnp.einsum("ecd,edf->ecf", x, self.wg_edf[...].astype(self.dtype))
             h = jax.nn.gelu(gate) * h
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
+        if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         return jnp.einsum("ecf,efd->ecd", h, self.wo_efd[...].astype(self.dtype))
+
+    def draw(
+        self,
+        key: Key[Array, ""] | None,
+        expert: Int[Array, "E C"],
+        rank: Int[Array, "E C"],
+        place: Place,
+    ) -> Bool[Array, "E C F"] | None:
+        """What expert dropout keeps. A row's draw depends on its expert and its place in that
+        expert's queue alone, so it is the same on every mesh."""
+        if key is None or self.dropout == 0:
+            return None
+        f = self.wi_edf[...].shape[-1]
+
+        def features(expert, rank):
+            row = jax.random.fold_in(jax.random.fold_in(key, expert), rank)
+            kept = jax.random.bernoulli(row, 1 - self.dropout, (f * place.size("model"),))
+            return jax.lax.dynamic_slice_in_dim(kept, place.index("model") * f, f)
+
+        return jax.vmap(jax.vmap(features))(expert, rank)
 
 
 class MoE(nnx.Module):
@@ -189,9 +210,15 @@ class MoE(nnx.Module):
         `eval_capacity_factor` without one (default the same).
       capacity_counts_k: True multiplies capacity by the router's choices (Mesh-TensorFlow, GShard);
         False does not (flaxformer).
-      group_size: tokens routed together; longer batches are cut into equal groups.
+      group_size: tokens routed together; a device cuts its tokens into equal groups of at most
+        this size.
+      mesh: experts are split over its expert axis (and over model, inside each), rows of a batch
+        over data and expert.
 
     Padding neither takes slots nor enters statistics, and capacity follows the real tokens.
+
+    Raises:
+      ValueError: the mesh's axes do not divide the experts or their hidden features.
     """
 
     def __init__(
@@ -210,19 +237,23 @@ class MoE(nnx.Module):
         expert_dropout: float = 0.0,
         dtype=jnp.float32,
         stack=(),
+        mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
-        self.experts = Experts(
-            num_experts,
-            d_model,
-            d_ff,
-            activation=activation,
-            dropout=expert_dropout,
-            dtype=dtype,
-            stack=stack,
-            rngs=rngs,
-        )
+        check_mesh(mesh, "this MoE layer", experts=num_experts, d_ff=d_ff)
+        with birthplace(mesh):
+            self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
+            self.experts = Experts(
+                num_experts,
+                d_model,
+                d_ff,
+                activation=activation,
+                dropout=expert_dropout,
+                dtype=dtype,
+                stack=stack,
+                rngs=rngs,
+            )
+        self.mesh = mesh
         self.route, self.num_experts = router, num_experts
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor or capacity_factor
@@ -243,17 +274,46 @@ class MoE(nnx.Module):
         `key` means training: its capacity factor, its randomness. `drop=False` gives every expert
         room for all tokens (decoding one token at a time). Dropped tokens and padding return 0.
         """
+        b = x.shape[0]
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        rows = (x, mask, token_ids)
+        if self.mesh is None:
+            (y, routing), stats = self._local(rows, key, drop, Place())
+            return y, stats, routing
+
+        def local(module, rows, key):
+            return module._local(rows, key, drop, Place(self.mesh))
+
+        whole = -(-b // row_shards(self.mesh)) * row_shards(self.mesh)
+        split = split_over_mesh(local, self, self.mesh, self._cast)
+        (y, routing), stats = split(jax.tree.map(lambda a: _padded(a, whole), rows), key)
+        return y[:b], stats, jax.tree.map(lambda a: a[:b], routing)
+
+    def _cast(self, variable: nnx.Variable) -> Array:
+        """Experts compute in their own type; the router stays as it is."""
+        value = variable[...]
+        return value.astype(self.experts.dtype) if "expert" in variable.axes else value
+
+    def _local(self, rows, key, drop: bool, place: Place):
+        """The layer on one device's tokens: ((y, routing), statistics of all devices)."""
+        x, mask, token_ids = rows
         b, length, d = x.shape
-        mask = jnp.ones((b, length), bool) if mask is None else mask
         route_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         logits, group_mask, ids = self._grouped(x, mask, token_ids)
-        routing = self._route(logits, group_mask, ids, route_key, drop)
-        p = plan(routing, self.num_experts)
-        slots = dispatch(_padded(x.reshape(-1, d), group_mask.size), p)
-        out = self.experts(slots.reshape(self.num_experts, -1, d), dropout_key)
-        y = combine(out.reshape(-1, d), p)[: b * length]
+        routing = self._route(logits, group_mask, ids, route_key, drop, place)
         tokens = _token_routing(routing, self.num_experts, (b, length))
-        return y.reshape(b, length, d), layer_stats(logits, group_mask, routing), tokens
+        stats = place.sum(layer_stats(logits, group_mask, routing), *ROW_AXES)
+        # over the model axis every device computes its part of the same tokens
+        x, p = place.vary((x, plan(routing, self.num_experts)), "model")
+        slots = dispatch(_padded(x.reshape(-1, d), group_mask.size), p)
+        slots = place.to_experts(slots.reshape(self.num_experts, -1, d))
+        experts, c, _ = slots.shape
+        expert = place.index("expert") * experts + jnp.arange(experts)[:, None]
+        rank = place.index("data") * c + jnp.arange(c)[None]
+        keep = self.experts.draw(dropout_key, *jnp.broadcast_arrays(expert, rank), place)
+        out = place.to_tokens(self.experts(slots, keep))
+        y = combine(out.reshape(-1, d), p)[: b * length]
+        return (place.sum(y, "model").reshape(b, length, d), tokens), stats
 
     def _grouped(self, x, mask, token_ids):
         """Router logits, mask and ids as [G, S, ..], filled up with padding."""
@@ -269,7 +329,7 @@ class MoE(nnx.Module):
         logits = _padded(logits, groups * size).reshape(*shape, -1)
         return logits, _padded(mask.reshape(-1), groups * size).reshape(shape), ids
 
-    def _route(self, logits, mask, token_ids, key, drop) -> Routing:
+    def _route(self, logits, mask, token_ids, key, drop, place: Place) -> Routing:
         groups, size = mask.shape
         if drop:
             factor = self.eval_capacity_factor if key is None else self.capacity_factor
@@ -280,7 +340,11 @@ class MoE(nnx.Module):
             limit = table[mask.sum(-1)]
         else:
             capacity, limit = size, jnp.full(groups, size)
-        keys = None if key is None else jax.random.split(key, groups)
+        keys = None
+        if key is not None:  # one for each group of all devices
+            keys = jax.random.split(key, groups * place.size(*ROW_AXES))
+            first = groups * place.index(*ROW_AXES)
+            keys = jax.lax.dynamic_slice_in_dim(keys, first, groups)
         bias = None if self.router.bias_e is None else self.router.bias_e[...]
 
         def route(logits, mask, limit, key, token_ids):

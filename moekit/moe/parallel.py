@@ -1,0 +1,89 @@
+"""What one device does in an expert-parallel layer, and what it sends.
+
+The layer runs inside one `jax.shard_map`: each device routes its own tokens, the slots of experts
+that live elsewhere travel over the expert axis (an all-to-all), their outputs travel back
+(another), and autodiff makes one more of each. Weights that are fully sharded are gathered in the
+type they are used in, so their gradients come home by reduce-scatter. Over the model axis all
+devices do the same but for their part of every expert's hidden features.
+
+E experts, C slots per expert (of all groups), D features, n devices on the expert axis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moekit.sharding import BATCH, ROW_AXES, variable_spec
+
+
+@dataclass(frozen=True)
+class Place:
+    """One device's view of its mesh; without a mesh every operation leaves things as they are."""
+
+    mesh: Mesh | None = None
+
+    def size(self, *axes: str) -> int:
+        return 1 if self.mesh is None else jax.lax.axis_size(axes)
+
+    def index(self, *axes: str) -> int | Int[Array, ""]:
+        """This device's number along some axes, the first of them the slowest."""
+        return 0 if self.mesh is None else jax.lax.axis_index(axes)
+
+    def to_experts(self, slots: Float[Array, "E C D"]) -> Float[Array, "E/n n*C D"]:
+        """All devices' slots of the experts that live here."""
+        if self.mesh is None:
+            return slots
+        return jax.lax.all_to_all(slots, "expert", 0, 1, tiled=True)
+
+    def to_tokens(self, slots: Float[Array, "E/n n*C D"]) -> Float[Array, "E C D"]:
+        """The way back."""
+        if self.mesh is None:
+            return slots
+        return jax.lax.all_to_all(slots, "expert", 1, 0, tiled=True)
+
+    def vary(self, tree, *axes: str):
+        """Mark equal copies as the start of different work along some axes: here, and nowhere
+        later, their cotangents are summed."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)
+
+    def sum(self, tree, *axes: str):
+        return tree if self.mesh is None else jax.lax.psum(tree, axes)
+
+
+def split_over_mesh(function: Callable, module: nnx.Module, mesh: Mesh, cast: Callable) -> Callable:
+    """function(module, rows, key) -> (rows, sums), run by every device on its share of the rows.
+
+    Args:
+      module: its parameters arrive whole but for the parts of the expert and model axes that split
+        the work, each as cast(variable) makes it.
+
+    The rows (of any arrays) must be a multiple of the mesh's row shards; sums come out equal on
+    all devices.
+    """
+    graphdef, state = nnx.split(module)
+    is_variable = {"is_leaf": lambda leaf: isinstance(leaf, nnx.Variable)}
+    specs = jax.tree.map(lambda v: variable_spec(v, mesh), state, **is_variable)
+
+    def gathered(variable: nnx.Variable, spec: PartitionSpec) -> nnx.Variable:
+        value = cast(variable)
+        for dim, names in enumerate(spec):
+            names = (names,) if isinstance(names, str) else names or ()
+            if set(names) & set(ROW_AXES) and variable.axes[dim - value.ndim] != "expert":
+                value = jax.lax.all_gather(value, names, axis=dim, tiled=True)
+        return variable.replace(value)
+
+    def local(state, rows, key):
+        whole = jax.tree.map(gathered, state, specs, **is_variable)
+        return function(nnx.merge(graphdef, whole), rows, key)
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, BATCH, PartitionSpec()), out_specs=(BATCH, PartitionSpec())
+    )
+    return lambda rows, key: sharded(state, rows, key)
+
