@@ -139,6 +139,28 @@ class Gate(nnx.Module):
         return jnp.dot(x.astype(jnp.float32), self.w_de[...], precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.custom_vjp
+def gated_gelu(gate: Float[Array, "*S F"], x: Float[Array, "*S F"]) -> Float[Array, "*S F"]:
+    """gelu(gate) * x, whose two cotangents are computed once.
+
+    Left to itself XLA for TPU repeats this arithmetic inside each of the three products that read
+    them, and those become bound by it (4.6 instead of 3.8 ms for a layer on v5e:2x4, as compiled).
+    """
+    return jax.nn.gelu(gate) * x
+
+
+def _gated_forward(gate, x):
+    return gated_gelu(gate, x), (gate, x)
+
+
+def _gated_backward(residuals, g):
+    _, transpose = jax.vjp(lambda gate, x: jax.nn.gelu(gate) * x, *residuals)
+    return jax.lax.optimization_barrier(transpose(g))
+
+
+gated_gelu.defvjp(_gated_forward, _gated_backward)
+
+
 class Experts(nnx.Module):
     """E feed-forward networks side by side: batched products over the expert axis."""
 
@@ -174,8 +196,7 @@ class Experts(nnx.Module):
         if self.wg_edf is None:
             h = jax.nn.relu(h)
         else:
-            gate = jnp.einsum("ecd,edf->ecf", x, self.wg_edf[...].astype(self.dtype))
-            h = jax.nn.gelu(gate) * h
+            h = gated_gelu(jnp.einsum("ecd,edf->ecf", x, self.wg_edf[...].astype(self.dtype)), h)
         if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         return jnp.einsum("ecf,efd->ecd", h, self.wo_efd[...].astype(self.dtype))

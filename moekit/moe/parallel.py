@@ -33,17 +33,26 @@ class Place:
         """This device's number along some axes, the first of them the slowest."""
         return 0 if self.mesh is None else jax.lax.axis_index(axes)
 
-    def to_experts(self, slots: Float[Array, "E C D"]) -> Float[Array, "E/n n*C D"]:
+    def to_experts(self, slots: Float[Array, "E C D"]) -> Float[Array, "local_E all_C D"]:
         """All devices' slots of the experts that live here."""
-        if self.mesh is None:
-            return slots
-        return jax.lax.all_to_all(slots, "expert", 0, 1, tiled=True)
+        e, c, d = slots.shape
+        n = self.size("expert")
+        received = self._exchange(slots.reshape(e * c, d)).reshape(n, e // n, c, d)
+        return received.transpose(1, 0, 2, 3).reshape(e // n, n * c, d)
 
-    def to_tokens(self, slots: Float[Array, "E/n n*C D"]) -> Float[Array, "E C D"]:
+    def to_tokens(self, slots: Float[Array, "local_E all_C D"]) -> Float[Array, "E C D"]:
         """The way back."""
+        e, c, d = slots.shape
+        n = self.size("expert")
+        sent = slots.reshape(e, n, c // n, d).transpose(1, 0, 2, 3).reshape(-1, d)
+        return self._exchange(sent).reshape(e * n, c // n, d)
+
+    def _exchange(self, rows: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+        """The i-th part of the rows goes to device i. On whole rows: an all-to-all that moves
+        axes as well costs a TPU several copies of its operand."""
         if self.mesh is None:
-            return slots
-        return jax.lax.all_to_all(slots, "expert", 1, 0, tiled=True)
+            return rows
+        return jax.lax.all_to_all(rows, "expert", 0, 0, tiled=True)
 
     def vary(self, tree, *axes: str):
         """Mark equal copies as the start of different work along some axes: here, and nowhere
@@ -83,7 +92,9 @@ def split_over_mesh(function: Callable, module: nnx.Module, mesh: Mesh, cast: Ca
         return function(nnx.merge(graphdef, whole), rows, key)
 
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(specs, BATCH, PartitionSpec()), out_specs=(BATCH, PartitionSpec())
+        local,
+        mesh=mesh,
+        in_specs=(specs, BATCH, PartitionSpec()),
+        out_specs=(BATCH, PartitionSpec()),
     )
     return lambda rows, key: sharded(state, rows, key)
-
