@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moekit.model.transformer import FFN
 from moekit.moe.layer import MoE
+from moekit.moe.parallel import Place
 from moekit.moe.routing import TopK
 
 SHAPES = ((8, 1), (32, 2))  # experts, choices
@@ -27,7 +28,7 @@ class EinsumMoE(MoE):
         b, length, d = x.shape
         mask = jnp.ones((b, length), bool) if mask is None else mask
         logits, group_mask, ids = self._grouped(x, mask, token_ids)
-        routing = self._route(logits, group_mask, ids, key, drop)
+        routing = self._route(logits, group_mask, ids, key, drop, Place())
         slots = self.num_experts * routing.capacity
         onehot = jax.nn.one_hot(routing.slot, slots, dtype=x.dtype)  # [G, S, K, E*C]
         combine = jnp.einsum("gsk,gskc->gsc", routing.combine_weight, onehot)

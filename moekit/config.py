@@ -22,6 +22,7 @@ from moekit.moe.routing import ExpertChoice, GShard, Router, Switch, TopK
 DTYPES = ("float32", "bfloat16")
 FREEZABLE = ("router", "experts", "moe")
 OPTIMIZERS = ("adafactor", "adamw")
+REMATS = ("none", "dots", "full")
 SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
 
 
@@ -257,6 +258,8 @@ class TrainConfig:
       schedule: "rsqrt" is 1 / sqrt(max(step, warmup_steps)) scaled to peak at learning_rate.
       z_loss: coefficient of log(Z)^2 of the output logits.
       freeze: parts that keep their parameters: "router", "experts", "moe" (both).
+      remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but
+        products with weights), "full" (every repeated unit from its input).
       eval_every, save_every: steps between evaluations and checkpoints; 0: only at the end.
     """
 
@@ -273,6 +276,7 @@ class TrainConfig:
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     freeze: tuple[str, ...] = ()
+    remat: str = "none"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -301,6 +305,7 @@ class TrainConfig:
         for field, choices in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
+            ("remat", REMATS),
         ):
             if getattr(self, field) not in choices:
                 raise unknown(field, getattr(self, field), choices)

@@ -5,8 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from moekit.config import TrainConfig
+from moekit.sharding import variable_spec
 
 # parts of the model by the components of a parameter's path
 _PARTS = {"router": ("moe", "router"), "experts": ("moe", "experts"), "moe": ("moe",)}
@@ -85,3 +88,26 @@ def make_optimizer(config: TrainConfig, params) -> optax.GradientTransformation:
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def state_specs(opt_state, params, mesh: Mesh):
+    """PartitionSpecs of an optimizer's state: of every array that of its parameter, without the
+    dimension over which Adafactor has averaged; numbers are on every device."""
+    variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    owners = {_names(path): v for (path, _), v in zip(paths, variables, strict=True)}
+
+    def spec(path, leaf):
+        names = _names(path)
+        owner = next((v for own, v in owners.items() if names[-len(own) :] == own), None)
+        if owner is None:
+            return PartitionSpec()
+        entries = [*variable_spec(owner, mesh), *[None] * owner.ndim][: owner.ndim]
+        if leaf.shape == owner.shape:
+            return PartitionSpec(*entries)
+        for i in range(owner.ndim):
+            if leaf.shape == owner.shape[:i] + owner.shape[i + 1 :]:
+                return PartitionSpec(*entries[:i], *entries[i + 1 :])
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, opt_state)

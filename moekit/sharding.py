@@ -6,6 +6,7 @@ them. Only this module knows both. Mesh axes: data, expert, model.
 
 import contextlib
 import contextvars
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 AXES = ("data", "expert", "model")
 ROW_AXES = ("data", "expert")  # the rows of a batch are split over both
 BATCH = PartitionSpec(ROW_AXES)
 # jax's own ambient mesh cannot be set while tracing, as under nnx.eval_shape
-_BIRTHPLACE: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,48 @@ def check_mesh(mesh: Mesh | None, what: str, *, experts: int = 0, **model: int) 
 
 
 @contextlib.contextmanager
-def birthplace(mesh: Mesh | None):
-    """A context in which parameters are born sharded over a mesh."""
-    token = _BIRTHPLACE.set(mesh)
+def placed_on(mesh: Mesh | None):
+    """A context in which parameters are born, and used, sharded over a mesh."""
+    token = _MESH.set(mesh)
     try:
         yield
     finally:
-        _BIRTHPLACE.reset(token)
+        _MESH.reset(token)
+
+
+def whole(variable: nnx.Variable, dtype) -> Array:
+    """A parameter as a dense layer uses it: in its compute type and gathered over the axes that
+    split rows. Saying so keeps XLA from gathering float32, or activations instead of weights; the
+    gradient is scattered back to where the parameter lives."""
+    value, mesh = variable[...].astype(dtype), _MESH.get()
+    if mesh is None:
+        return value
+    stored = variable_spec(variable, mesh)
+    used = PartitionSpec(*(None if {*_names(n)} & {*ROW_AXES} else n for n in stored))
+    return _gather(value, NamedSharding(mesh, used), NamedSharding(mesh, stored))
+
+
+def _names(entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(value, used: NamedSharding, stored: NamedSharding):
+    return jax.lax.with_sharding_constraint(value, used)
+
+
+_gather.defvjp(
+    lambda value, used, stored: (_gather(value, used, stored), None),
+    lambda used, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
+)
+
+
+def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+    """Activations with their rows split over the mesh, if it divides them, and nothing else."""
+    mesh = _MESH.get()
+    if mesh is None or x.shape[0] % row_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
 def param(
@@ -136,7 +173,7 @@ def param(
     stddev: float | None = None,
     value: float | None = None,
 ) -> nnx.Param:
-    """A float32 parameter with logical axes, born sharded over the mesh of a `birthplace`.
+    """A float32 parameter with logical axes, born sharded over the mesh that `placed_on` sets.
 
     Truncated normal of variance 0.1 / fan_in (Fedus 2021), or normal of `stddev`, or constant.
     """
@@ -150,7 +187,7 @@ def param(
         std = math.sqrt(0.1 / fan_in) / 0.87962566103423978
         return std * jax.random.truncated_normal(key, -2, 2, shape)
 
-    if (mesh := _BIRTHPLACE.get()) is not None:
+    if (mesh := _MESH.get()) is not None:
         sharding = NamedSharding(mesh, Sharding().spec(shape, axes, mesh))
         create = jax.jit(create, out_shardings=sharding)
     return nnx.Param(create(rngs.params()), axes=axes)

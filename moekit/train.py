@@ -1,7 +1,4 @@
-"""The training loop: step, log, progress, evaluation, checkpoints, guards.
-
-B batch, T target length, V vocabulary.
-"""
+"""The training loop: log, progress, evaluation, checkpoints, guards."""
 
 import functools
 import math
@@ -15,9 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from moekit.checkpoint import Checkpoints, differing, restore_model, to_json
@@ -25,10 +20,10 @@ from moekit.config import TrainConfig
 from moekit.data.pipeline import Batch, batches
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.metrics import Metrics
-from moekit.model.transformer import EncoderDecoder, auxiliary_losses
-from moekit.moe.layer import LayerStats, update_router_bias
-from moekit.optim import make_optimizer, schedule
+from moekit.model.transformer import EncoderDecoder
+from moekit.optim import schedule
 from moekit.sharding import row_shards, split_rows
+from moekit.step import compiled_step, token_losses
 
 EVAL_BATCHES = 16  # of a validation loss
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
@@ -46,83 +41,6 @@ class Run:
 
 class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite."""
-
-
-def token_losses(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    label_smoothing: float = 0.0,
-) -> dict[str, Float[Array, ""]]:
-    """Sums over real targets: cross-entropy (smoothed and not), log(Z)^2, hits, count; nats."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    cross_entropy = log_z - chosen
-    smoothed = log_z - logits.mean(-1)
-    objective = (1 - label_smoothing) * cross_entropy + label_smoothing * smoothed
-    return {
-        "objective": jnp.sum(weights * objective),
-        "cross_entropy": jnp.sum(weights * cross_entropy),
-        "z": jnp.sum(weights * log_z**2),
-        "hits": jnp.sum(weights * (logits.argmax(-1) == targets)),
-        "count": jnp.sum(weights),
-    }
-
-
-def _loss(params, rest, graphdef, batch: Batch, key, config: TrainConfig):
-    """The training objective and what is reported of it."""
-    model = nnx.merge(graphdef, params, rest)
-    out = model(batch, key=key)
-    sums = token_losses(out.logits, batch.targets, batch.loss_weights, config.label_smoothing)
-    count = jnp.maximum(sums["count"], 1)
-    auxiliary = auxiliary_losses(model.cfg, out.stats)
-    z_loss = config.z_loss * sums["z"] / count
-    total = sums["objective"] / count + z_loss + auxiliary["balance"] + auxiliary["router_z"]
-    report = {
-        "loss": sums["cross_entropy"] / count,
-        "accuracy": sums["hits"] / count,
-        "z_loss": z_loss,
-        **auxiliary,
-        **_router_report(out.stats),
-    }
-    return total, (report, out.stats)
-
-
-def _router_report(stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
-    """Balance of each stack, as the mean over its MoE layers."""
-    report = {}
-    for stack, s in stats.items():
-        mean = s.load.mean(-1)
-        share = s.load / jnp.maximum(s.load.sum(-1, keepdims=True), 1)
-        entropy = -jax.scipy.special.xlogy(share, share).sum(-1)
-        report |= {
-            f"{stack}_max_violation": jnp.mean(s.load.max(-1) / jnp.maximum(mean, 1e-9) - 1),
-            f"{stack}_dropped": jnp.mean(s.dropped_tokens / jnp.maximum(s.tokens, 1)),
-            f"{stack}_load_entropy": entropy.mean(),
-        }
-    return report
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_step(graphdef, treedef, config: TrainConfig):
-    """The optimizer's start and one update, jitted; kept so that a second run of the same shape
-    does not compile again."""
-
-    def start(params):
-        return make_optimizer(config, params).init(params)
-
-    def step(params, rest, opt_state, batch, key):
-        optimizer = make_optimizer(config, params)
-        grads, (report, stats) = jax.grad(_loss, has_aux=True)(
-            params, rest, graphdef, batch, key, config
-        )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        report["grad_norm"] = optax.tree.norm(grads)
-        if stats:
-            rest = update_router_bias(rest, stats)
-        return optax.apply_updates(params, updates), rest, opt_state, report
-
-    return jax.jit(start), jax.jit(step, donate_argnums=(0, 1, 2))
 
 
 @functools.lru_cache(maxsize=16)
@@ -156,14 +74,14 @@ class _Trainer:
         self.lengths = lengths | {"batch_size": config.batch_size}
         self.tokenizer = tokenizer
         self.stream = batches(source, tokenizer, seed=config.seed, **self.lengths)
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
         # copies: the compiled step reuses its arguments' memory, the caller keeps the model
         self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
         timeless = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1)
         if config.schedule in ("constant", "rsqrt"):
             timeless = timeless.replace(steps=1)  # one program for runs of any length
-        start, self.step = _compiled_step(graphdef, jax.tree.structure(params), timeless)
-        self.opt_state = start(self.params)
+        self.step = compiled_step(model, timeless)
+        self.opt_state = self.step.start(self.params)
         self.schedule, self.done = schedule(config), 0
         self.workdir = Path(workdir) if workdir else None
         self.checkpoints = None
@@ -174,7 +92,7 @@ class _Trainer:
     def advance(self) -> None:
         batch = split_rows(next(self.stream), self.model.mesh)
         key = jax.random.fold_in(self.key, self.done)
-        self.params, self.rest, self.opt_state, report = self.step(
+        self.params, self.rest, self.opt_state, report = self.step.update(
             self.params, self.rest, self.opt_state, batch, key
         )
         if self.model.mesh is not None and jax.default_backend() == "cpu":
@@ -232,7 +150,7 @@ class _Trainer:
     def facts(self) -> dict:
         """What a checkpoint must agree on to be resumed."""
         config = asdict(self.config)
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep", "remat"):
             config.pop(name)  # may change between runs
         if self.config.schedule in ("cosine", "linear"):
             config["steps"] = self.config.steps

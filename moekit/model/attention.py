@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moekit.sharding import param
+from moekit.sharding import param, whole
 
 MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
 
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         return self._project(x, self.wk_dnh), self._project(x, self.wv_dnh)
 
     def _project(self, x, w):
-        return jnp.einsum("bld,dnh->blnh", x.astype(self.dtype), w[...].astype(self.dtype))
+        return jnp.einsum("bld,dnh->blnh", x.astype(self.dtype), whole(w, self.dtype))
 
     def attend(
         self,
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
             logits = logits + bias
         weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)
         mixed = jnp.einsum("bnlm,bmnh->blnh", weights, values)
-        return jnp.einsum("blnh,nhd->bld", mixed, self.wo_nhd[...].astype(self.dtype))
+        return jnp.einsum("blnh,nhd->bld", mixed, whole(self.wo_nhd, self.dtype))
 
     def __call__(self, x, memory, mask, bias=None) -> Float[Array, "B L D"]:
         """Attend from x to memory (x itself in self-attention)."""

@@ -6,6 +6,7 @@ N heads, H head dimension, V vocabulary. A stack repeats a unit of `layers / spa
 repeats, and `jax.lax.scan` runs over it, so compile time does not grow with depth.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -20,8 +21,13 @@ from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
 from moekit.model.attention import Attention, RelativeBias, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting
-from moekit.sharding import birthplace, check_mesh, param
+from moekit.sharding import by_rows, check_mesh, param, placed_on, whole
 
+# what a backward pass finds saved of each repeated unit ("none": everything)
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 PAD = 0  # also what the decoder reads before the first target
 
 
@@ -100,12 +106,12 @@ class FFN(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         # flat: XLA's CPU backend takes twice as long for the same products in three dimensions
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        h = flat @ self.wi_df[...].astype(self.dtype)
+        h = flat @ whole(self.wi_df, self.dtype)
         if self.wg_df is None:
             h = jax.nn.relu(h)
         else:
-            h = jax.nn.gelu(flat @ self.wg_df[...].astype(self.dtype)) * h
-        return (h @ self.wo_fd[...].astype(self.dtype)).reshape(x.shape)
+            h = jax.nn.gelu(flat @ whole(self.wg_df, self.dtype)) * h
+        return (h @ whole(self.wo_fd, self.dtype)).reshape(x.shape)
 
 
 def _dtype(cfg: ModelConfig):
@@ -196,6 +202,7 @@ class Context:
     memory: Float[Array, "B M D"] | None = None
     cross_mask: Bool[Array, "B 1 L M"] | None = None
     step: Int[Array, ""] | None = None
+    remat: str = "none"
 
 
 def _split(key, n: int):
@@ -246,14 +253,18 @@ class Stack(nnx.Module):
         self.norm = RMSNorm(cfg.d_model, rngs=rngs)
         self.rate = cfg.dropout
 
-    def scan(self, step: Callable, x, inputs: Any):
+    def scan(self, step: Callable, x, inputs: Any, remat: str = "none"):
         """Run step(layers of a unit, x, inputs of a unit) -> (x, outputs) over the repeats."""
         graphdef, state = nnx.split(self.blocks)
 
         def body(x, per_unit):
             state, inputs = per_unit
-            return step(nnx.merge(graphdef, state), x, inputs)
+            x, outputs = step(nnx.merge(graphdef, state), by_rows(x), inputs)
+            return by_rows(x), outputs
 
+        if remat != "none":
+            # inside a scan nothing can be shared with the forward pass anyway
+            body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
         return jax.lax.scan(body, x, (state, inputs))
 
     def __call__(self, x, context: Context, key):
@@ -269,8 +280,17 @@ class Stack(nnx.Module):
                 x, seen = layer(x, context, None if keys is None else keys[i])
             return x, seen
 
-        x, seen = self.scan(unit, dropout(x, self.rate, first), keys)
+        x, seen = self.scan(unit, dropout(x, self.rate, first), keys, context.remat)
         return dropout(self.norm(x), self.rate, last), seen
+
+
+def _on_its_mesh(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def placed(self, *args, **kwargs):
+        with placed_on(self.mesh):
+            return method(self, *args, **kwargs)
+
+    return placed
 
 
 class EncoderDecoder(nnx.Module):
@@ -287,7 +307,7 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None):
         check_mesh(mesh, cfg.name, experts=cfg.num_experts, **cfg.split_by_model())
         rngs = nnx.Rngs(params=seed)
-        with birthplace(mesh):
+        with placed_on(mesh):
             shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
             self.embedding_vd = param(rngs, shape, axes, stddev=1.0)
             self.encoder = Stack(cfg, "encoder", mesh=mesh, rngs=rngs)
@@ -299,19 +319,27 @@ class EncoderDecoder(nnx.Module):
         self.cfg, self.mesh = cfg, mesh
 
     def __call__(
-        self, batch: Batch, *, key: Key[Array, ""] | None = None, trace: bool = False
+        self,
+        batch: Batch,
+        *,
+        key: Key[Array, ""] | None = None,
+        trace: bool = False,
+        remat: str = "none",
     ) -> Output:
         """Logits of the targets, read with teacher forcing.
 
         With a key: training (dropout, training capacity factor, router randomness). Without:
-        deterministic, evaluation capacity factor.
+        deterministic, evaluation capacity factor. `remat` says what a backward pass computes
+        again: see `TrainConfig`.
         """
         batch = jax.tree.map(jnp.asarray, batch)  # also outside of jit
         encoder_key, decoder_key = _split(key, 2)
-        encoded = self.encode(batch.inputs, batch.input_segments, key=encoder_key, trace=trace)
+        how = {"trace": trace, "remat": remat}
+        encoded = self.encode(batch.inputs, batch.input_segments, key=encoder_key, **how)
         tokens = shift_right(batch.targets, batch.target_positions)
-        return self.decode(encoded, tokens, batch.target_segments, key=decoder_key, trace=trace)
+        return self.decode(encoded, tokens, batch.target_segments, key=decoder_key, **how)
 
+    @_on_its_mesh
     def decode(
         self,
         encoded: Encoded,
@@ -320,6 +348,7 @@ class EncoderDecoder(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         trace: bool = False,
+        remat: str = "none",
     ) -> Output:
         """Logits after each of the decoder's input tokens (targets shifted right)."""
         indices = jnp.arange(tokens.shape[1])
@@ -330,6 +359,7 @@ class EncoderDecoder(nnx.Module):
             bias=self.decoder.bias(indices, indices),
             memory=encoded.states,
             cross_mask=segment_mask(segments, encoded.segments),
+            remat=remat,
         )
         x, seen = self.decoder(self._embed(tokens), context, key)
         stats, routing = dict(encoded.stats), dict(encoded.routing or {})
@@ -337,6 +367,7 @@ class EncoderDecoder(nnx.Module):
             stats["decoder"], routing["decoder"] = seen
         return Output(self._logits(x), stats, routing if trace else None)
 
+    @_on_its_mesh
     def encode(
         self,
         inputs: Int[Array, "B L"],
@@ -344,6 +375,7 @@ class EncoderDecoder(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         trace: bool = False,
+        remat: str = "none",
     ) -> Encoded:
         """Encoder states of inputs; segment 0 is padding."""
         indices = jnp.arange(inputs.shape[1])
@@ -352,12 +384,14 @@ class EncoderDecoder(nnx.Module):
             token_ids=inputs,
             self_mask=segment_mask(segments, segments),
             bias=self.encoder.bias(indices, indices),
+            remat=remat,
         )
         x, seen = self.encoder(self._embed(inputs), context, key)
         if seen is None:
             return Encoded(x, segments, {}, {} if trace else None)
         return Encoded(x, segments, {"encoder": seen[0]}, {"encoder": seen[1]} if trace else None)
 
+    @_on_its_mesh
     def start_cache(self, encoded: Encoded, length: int) -> Cache:
         """An empty cache for up to `length` decoded tokens, one example a row."""
 
@@ -371,6 +405,7 @@ class EncoderDecoder(nnx.Module):
         step = jnp.zeros((), jnp.int32)
         return Cache(empty, empty, memory_keys, memory_values, encoded.segments, step)
 
+    @_on_its_mesh
     def decode_step(
         self, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
@@ -406,15 +441,14 @@ class EncoderDecoder(nnx.Module):
         return logits, cache
 
     def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.embedding_vd[...][tokens].astype(_dtype(self.cfg))
+        return whole(self.embedding_vd, _dtype(self.cfg))[tokens]
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.head_dv is None:
             # T5 v1.0 shares the embedding and scales, because its rows have unit variance
-            return jnp.dot(x, self.embedding_vd[...].T.astype(x.dtype)).astype(jnp.float32) * (
-                self.cfg.d_model**-0.5
-            )
-        return jnp.dot(x.astype(jnp.float32), self.head_dv[...])
+            logits = jnp.dot(x, whole(self.embedding_vd, x.dtype).T).astype(jnp.float32)
+            return logits * self.cfg.d_model**-0.5
+        return jnp.dot(x.astype(jnp.float32), whole(self.head_dv, jnp.float32))
 
 
 def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:

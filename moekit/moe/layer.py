@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
 from moekit.moe.parallel import Place, split_over_mesh
 from moekit.moe.routing import Router, Routing, Switch
-from moekit.sharding import ROW_AXES, birthplace, check_mesh, param, row_shards
+from moekit.sharding import ROW_AXES, check_mesh, param, placed_on, row_shards
 
 ACTIVATIONS = ("gated_gelu", "relu")
 
@@ -262,7 +262,7 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_mesh(mesh, "this MoE layer", experts=num_experts, d_ff=d_ff)
-        with birthplace(mesh):
+        with placed_on(mesh):
             self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
             self.experts = Experts(
                 num_experts,
