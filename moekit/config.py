@@ -165,18 +165,22 @@ class ModelConfig:
     def _stack_parameters(self, stack: str) -> Parameters:
         layers, sparse = getattr(self, f"{stack}_layers"), self.moe_layers(stack)
         d = self.d_model
-        dense, expert = self._ffn(self.d_ff), self._ffn(self.expert_d_ff or self.d_ff)
+        dense, expert = (
+            self.ffn_parameters(self.d_ff),
+            self.ffn_parameters(self.expert_d_ff or self.d_ff),
+        )
         attentions = 2 if stack == "decoder" else 1
         shared = layers * attentions * (4 * d * self.num_heads * self.head_dim + d)
         shared += (layers - sparse) * dense + layers * d + d  # a norm before each FFN, one last
         shared += self.relative_buckets * self.num_heads
         if self.extra_d_ff:
-            shared += sparse * (self._ffn(self.extra_d_ff) + d)
+            shared += sparse * (self.ffn_parameters(self.extra_d_ff) + d)
         gates = sparse * d * self.num_experts
         active = shared + gates + sparse * self.active_experts(stack) * expert
         return Parameters(shared + gates + sparse * self.num_experts * expert, active)
 
-    def _ffn(self, d_ff: int) -> int:
+    def ffn_parameters(self, d_ff: int) -> int:
+        """Of a feed-forward network with so many hidden features."""
         return (3 if self.activation == "gated_gelu" else 2) * self.d_model * d_ff
 
     def flops_per_token(self) -> tuple[float, float]:
@@ -190,11 +194,13 @@ class ModelConfig:
             sparse, layers = self.moe_layers(stack), getattr(self, f"{stack}_layers")
             attentions = 2 if stack == "decoder" else 1
             matrices = layers * attentions * 4 * self.d_model * self.num_heads * self.head_dim
-            matrices += (layers - sparse) * self._ffn(self.d_ff)
+            matrices += (layers - sparse) * self.ffn_parameters(self.d_ff)
             matrices += (
-                sparse * self.active_experts(stack) * self._ffn(self.expert_d_ff or self.d_ff)
+                sparse
+                * self.active_experts(stack)
+                * self.ffn_parameters(self.expert_d_ff or self.d_ff)
             )
-            matrices += sparse * self._ffn(self.extra_d_ff or 0)
+            matrices += sparse * self.ffn_parameters(self.extra_d_ff or 0)
             if stack == "decoder":
                 matrices += self.vocab_size * self.d_model
             flops.append(2.0 * matrices)
@@ -259,7 +265,7 @@ class TrainConfig:
       z_loss: coefficient of log(Z)^2 of the output logits.
       freeze: parts that keep their parameters: "router", "experts", "moe" (both).
       remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but
-        products with weights), "full" (every repeated unit from its input).
+        products with weights), "full" (every layer from its input).
       eval_every, save_every: steps between evaluations and checkpoints; 0: only at the end.
     """
 

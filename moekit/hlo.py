@@ -9,6 +9,7 @@ the mesh axes that they cross. What is not a product is charged its bytes of dev
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -166,7 +167,7 @@ def trip_count(op: Op, computation: Computation, computations: dict[str, Computa
     return int(limit.arguments) if constant and limit.arguments.isdigit() else 1
 
 
-def _groups(attributes: str, devices: int) -> np.ndarray:
+def _members(attributes: str, devices: int) -> np.ndarray:
     """The first group of devices that take part in a collective."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         axes = {n: int(s) for n, s in re.findall(r"'([^']+)'=(\d+)", found[1])}
@@ -191,10 +192,10 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     return np.arange(devices)
 
 
-def crossed_axes(attributes: str, mesh: Mesh) -> str:
-    """The mesh axes that a collective crosses, as "data+expert"; "none" for one device."""
-    members = np.array(np.unravel_index(_groups(attributes, mesh.size), mesh.devices.shape))
-    crossed = [name for name, where in zip(mesh.axis_names, members, strict=True) if np.ptp(where)]
+def crossed_axes(members: np.ndarray, mesh: Mesh) -> str:
+    """The mesh axes along which devices differ, as "data+expert"; "none" for one device."""
+    places = np.unravel_index(members, mesh.devices.shape)
+    crossed = [name for name, where in zip(mesh.axis_names, places, strict=True) if np.ptp(where)]
     return "+".join(crossed) or "none"
 
 
@@ -225,12 +226,17 @@ class Cost:
 
 
 class Walker:
-    """Adds up a program. `chip` gives peak FLOP/s, bytes/s of memory and links, clock."""
+    """Adds up a program.
 
-    def __init__(self, text: str, mesh: Mesh, chip):
+    Args:
+      chip: peak FLOP/s, bytes/s of memory, clock, and what share work other than products reaches.
+      link_seconds: (kind, bytes, members of the first group) -> seconds of a collective.
+    """
+
+    def __init__(self, text: str, mesh: Mesh, chip, link_seconds: Callable):
         self.computations, self.entry = parse(text)
-        self.mesh, self.chip, self.cost = mesh, chip, Cost()
-        self._sources: dict[str, float] = defaultdict(float)
+        self.mesh, self.chip, self.link_seconds = mesh, chip, link_seconds
+        self.cost = Cost()
 
     def run(self) -> Cost:
         self.walk(self.entry, 1)
@@ -259,7 +265,8 @@ class Walker:
                 self.compute(op, computation, times)
 
     def collective(self, op: Op, kind: str, computation: Computation, times: float) -> None:
-        axis = crossed_axes(op.attributes, self.mesh)
+        members = _members(op.attributes, self.mesh.size)
+        axis = crossed_axes(members, self.mesh)
         if axis == "none":
             return
         devices = math.prod(self.mesh.shape[name] for name in axis.split("+"))
@@ -272,7 +279,7 @@ class Walker:
         traffic = self.cost.collectives.setdefault((kind, axis), Traffic())
         traffic.count += times
         traffic.nbytes += nbytes * times
-        traffic.seconds += self.chip.link_seconds(kind, nbytes, devices) * times
+        traffic.seconds += self.link_seconds(kind, nbytes, members) * times
         if kind == "all-reduce" and any(self._padded(computation, o) for o in op.operands):
             self.cost.padded_gathers += nbytes * times
 

@@ -6,15 +6,15 @@ them. Only this module knows both. Mesh axes: data, expert, model.
 
 import contextlib
 import contextvars
-import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 AXES = ("data", "expert", "model")
 ROW_AXES = ("data", "expert")  # the rows of a batch are split over both
@@ -31,7 +31,7 @@ class Sharding:
     mlp: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("model",)
     vocab: tuple[str, ...] = ("model",)
-    embed: tuple[str, ...] = ("data", "expert")
+    embed: tuple[str, ...] = ("expert", "data")  # see `gathered` for the order
     layers: tuple[str, ...] = ()
 
     def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh):
@@ -129,31 +129,57 @@ def placed_on(mesh: Mesh | None):
         _MESH.reset(token)
 
 
-def whole(variable: nnx.Variable, dtype) -> Array:
-    """A parameter as a dense layer uses it: in its compute type and gathered over the axes that
-    split rows. Saying so keeps XLA from gathering float32, or activations instead of weights; the
-    gradient is scattered back to where the parameter lives."""
-    value, mesh = variable[...].astype(dtype), _MESH.get()
-    if mesh is None:
-        return value
-    stored = variable_spec(variable, mesh)
-    used = PartitionSpec(*(None if {*_names(n)} & {*ROW_AXES} else n for n in stored))
-    return _gather(value, NamedSharding(mesh, used), NamedSharding(mesh, stored))
+def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nnx.Variable):
+    """function(x, *arrays of the parameters), each device on its rows.
+
+    The parameters, in a compute type, are gathered over the axes that split rows just before use
+    and their gradients come back by reduce-scatter, both stated here because XLA, left alone, may
+    choose all-reduces of twice the bytes. How the model axis splits them is left to XLA. Rows that
+    the mesh does not divide are left to it altogether.
+    """
+    mesh, values = _MESH.get(), [p[...].astype(dtype) for p in parameters]
+    if mesh is None or x.shape[0] % row_shards(mesh):
+        return function(x, *values)
+    specs = [rows_only(variable_spec(p, mesh)) for p in parameters]
+
+    def local(x, *values):
+        return function(x, *map(gathered, values, specs))
+
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(BATCH, *specs),
+        out_specs=BATCH,
+        axis_names={*ROW_AXES},
+    )
+    return split(x, *values)
+
+
+def rows_only(spec: PartitionSpec, kept: tuple[str, ...] = ROW_AXES) -> PartitionSpec:
+    """A spec without the mesh axes that are not kept."""
+    return PartitionSpec(*(tuple(n for n in _names(entry) if n in kept) for entry in spec))
+
+
+def gathered(value: Array, spec: PartitionSpec) -> Array:
+    """A parameter's part made whole, inside shard_map, over the axes in its spec.
+
+    First over data, which a spec names last: the parts are small then, and a gather over all of a
+    slice at once would run as an all-reduce on TPUs.
+    """
+    for axis in ROW_AXES:
+        for dim, entry in enumerate(spec):
+            if axis in _names(entry):
+                value = jax.lax.all_gather(value, axis, axis=dim, tiled=True)
+    return value
 
 
 def _names(entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(value, used: NamedSharding, stored: NamedSharding):
-    return jax.lax.with_sharding_constraint(value, used)
-
-
-_gather.defvjp(
-    lambda value, used, stored: (_gather(value, used, stored), None),
-    lambda used, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
-)
+def devices_of_rows() -> int:
+    """How many devices split the rows of a batch where the code runs."""
+    return row_shards(_MESH.get())
 
 
 def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:

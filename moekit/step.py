@@ -3,6 +3,7 @@
 B batch, T target length, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moekit.config import TrainConfig
 from moekit.data.pipeline import Batch
 from moekit.model.transformer import EncoderDecoder, auxiliary_losses
 from moekit.moe.layer import LayerStats, update_router_bias
 from moekit.optim import make_optimizer, state_specs
-from moekit.sharding import variable_spec
+from moekit.sharding import BATCH, variable_spec
 
 
 def token_losses(
@@ -148,3 +149,21 @@ def _placed(tree, places):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
     )
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> tuple[Batch, Key[Array, ""]]:
+    """Shapes, types and shardings of the batch and key that `Step.update` takes."""
+
+    def rows(length, dtype):
+        shape = (config.batch_size, length)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+
+    batch = {
+        f.name: rows(
+            config.input_length if f.name.startswith("input") else config.target_length,
+            jnp.float32 if f.name == "loss_weights" else jnp.int32,
+        )
+        for f in dataclasses.fields(Batch)
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Batch(**batch), _placed(key, NamedSharding(mesh, PartitionSpec()))

@@ -1,7 +1,10 @@
 """T5 attention: relative position bias, packing-correct masks, a KV cache.
 
-B batch, L query length, M key length, D d_model, N heads, H head dimension.
+B batch, L query length, M key length, D d_model, N heads, H head dimension, R devices that split
+the rows of a batch.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moekit.sharding import param, whole
+from moekit.sharding import devices_of_rows, on_rows, param
 
 MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
 
@@ -52,16 +55,24 @@ class RelativeBias(nnx.Module):
         self.bidirectional, self.buckets = bidirectional, buckets
         self.max_distance = max_distance
 
-    def __call__(self, queries: Int[Array, "L"], keys: Int[Array, "M"]) -> Float[Array, "1 N L M"]:
-        """Indices may stand for positions: packed examples are contiguous, so inside one example
-        their differences are the same, and attention across examples is masked."""
+    def __call__(self, queries: Int[Array, "L"], keys: Int[Array, "M"]) -> Float[Array, "R N L M"]:
+        """One copy for each of the R devices that split rows, so that only the table's gradient is
+        summed over devices, not that of every layer's logits.
+
+        Indices may stand for positions: packed examples are contiguous, so inside one example
+        their differences are the same, and attention across examples is masked.
+        """
         bucket = relative_bucket(
             keys[None, :] - queries[:, None],
             bidirectional=self.bidirectional,
             buckets=self.buckets,
             max_distance=self.max_distance,
         )
-        return self.bias_bn[...][bucket].transpose(2, 0, 1)[None]
+
+        def look_up(_, bias_bn):
+            return bias_bn[bucket].transpose(2, 0, 1)[None]
+
+        return on_rows(look_up, jnp.float32, jnp.zeros(devices_of_rows()), self.bias_bn)
 
 
 def segment_mask(
@@ -97,7 +108,10 @@ class Attention(nnx.Module):
         return self._project(x, self.wk_dnh), self._project(x, self.wv_dnh)
 
     def _project(self, x, w):
-        return jnp.einsum("bld,dnh->blnh", x.astype(self.dtype), whole(w, self.dtype))
+        return self._product("bld,dnh->blnh", x, w)
+
+    def _product(self, equation: str, x, w: nnx.Param):
+        return on_rows(partial(jnp.einsum, equation), self.dtype, x.astype(self.dtype), w)
 
     def attend(
         self,
@@ -105,16 +119,18 @@ class Attention(nnx.Module):
         keys: Float[Array, "B M N H"],
         values: Float[Array, "B M N H"],
         mask: Bool[Array, "#B 1 #L M"],
-        bias: Float[Array, "1 N L M"] | None = None,
+        bias: Float[Array, "R N L M"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Attend to projected keys and values; softmax in float32."""
         q = self._project(x, self.wq_dnh)
         logits = jnp.einsum("blnh,bmnh->bnlm", q, keys, preferred_element_type=jnp.float32)
         if bias is not None:
-            logits = logits + bias
+            copies = 1 if logits.shape[0] % bias.shape[0] else bias.shape[0]
+            split = logits.reshape(copies, -1, *logits.shape[1:])
+            logits = (split + bias[:copies, None]).reshape(logits.shape)
         weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)
         mixed = jnp.einsum("bnlm,bmnh->blnh", weights, values)
-        return jnp.einsum("blnh,nhd->bld", mixed, whole(self.wo_nhd, self.dtype))
+        return self._product("blnh,nhd->bld", mixed, self.wo_nhd)
 
     def __call__(self, x, memory, mask, bias=None) -> Float[Array, "B L D"]:
         """Attend from x to memory (x itself in self-attention)."""

@@ -8,7 +8,7 @@ repeats, and `jax.lax.scan` runs over it, so compile time does not grow with dep
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, no_type_check
 
 import jax
@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
 from moekit.model.attention import Attention, RelativeBias, segment_mask
-from moekit.moe.layer import LayerStats, MoE, TokenRouting
-from moekit.sharding import by_rows, check_mesh, param, placed_on, whole
+from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
+from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on
 
-# what a backward pass finds saved of each repeated unit ("none": everything)
+# what a backward pass finds saved of each layer ("none": everything)
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -104,14 +104,16 @@ class FFN(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        # flat: XLA's CPU backend takes twice as long for the same products in three dimensions
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        h = flat @ whole(self.wi_df, self.dtype)
-        if self.wg_df is None:
-            h = jax.nn.relu(h)
-        else:
-            h = jax.nn.gelu(flat @ whole(self.wg_df, self.dtype)) * h
-        return (h @ whole(self.wo_fd, self.dtype)).reshape(x.shape)
+        weights = [w for w in (self.wi_df, self.wo_fd, self.wg_df) if w is not None]
+        return on_rows(_feed_forward, self.dtype, x.astype(self.dtype), *weights)
+
+
+def _feed_forward(x, wi_df, wo_fd, wg_df=None):
+    # flat: XLA's CPU backend takes twice as long for the same products in three dimensions
+    flat = x.reshape(-1, x.shape[-1])
+    h = flat @ wi_df
+    h = jax.nn.relu(h) if wg_df is None else gated_gelu(flat @ wg_df, h)
+    return (h @ wo_fd).reshape(x.shape)
 
 
 def _dtype(cfg: ModelConfig):
@@ -198,7 +200,7 @@ class Context:
     mask: Bool[Array, "B L"]
     token_ids: Int[Array, "B L"]
     self_mask: Bool[Array, "B 1 L L"]
-    bias: Float[Array, "1 N L L"]
+    bias: Float[Array, "R N L L"]
     memory: Float[Array, "B M D"] | None = None
     cross_mask: Bool[Array, "B 1 L M"] | None = None
     step: Int[Array, ""] | None = None
@@ -229,6 +231,22 @@ def _moe(cfg: ModelConfig, stack_name: str, stack, mesh, rngs) -> MoE:
     )
 
 
+def _rematerialized(layer: Layer, context: Context) -> Callable:
+    """layer(x, context, key) as a function of x and key whose backward pass finds saved what the
+    context says."""
+    if context.remat == "none":
+        return lambda x, key: layer(x, context, key)
+    graphdef, state = nnx.split(layer)
+
+    # what is differentiated must be an argument
+    @functools.partial(jax.checkpoint, policy=REMAT[context.remat])
+    def run(state, x, shared, key):
+        return nnx.merge(graphdef, state)(x, replace(context, **shared), key)
+
+    shared = {"bias": context.bias, "memory": context.memory}
+    return lambda x, key: run(state, x, shared, key)
+
+
 class Stack(nnx.Module):
     """Encoder or decoder: relative bias, repeated units, final norm."""
 
@@ -253,18 +271,14 @@ class Stack(nnx.Module):
         self.norm = RMSNorm(cfg.d_model, rngs=rngs)
         self.rate = cfg.dropout
 
-    def scan(self, step: Callable, x, inputs: Any, remat: str = "none"):
+    def scan(self, step: Callable, x, inputs: Any):
         """Run step(layers of a unit, x, inputs of a unit) -> (x, outputs) over the repeats."""
         graphdef, state = nnx.split(self.blocks)
 
         def body(x, per_unit):
             state, inputs = per_unit
-            x, outputs = step(nnx.merge(graphdef, state), by_rows(x), inputs)
-            return by_rows(x), outputs
+            return step(nnx.merge(graphdef, state), x, inputs)
 
-        if remat != "none":
-            # inside a scan nothing can be shared with the forward pass anyway
-            body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
         return jax.lax.scan(body, x, (state, inputs))
 
     def __call__(self, x, context: Context, key):
@@ -277,10 +291,11 @@ class Stack(nnx.Module):
         def unit(layers, x, keys):
             seen = None
             for i, layer in enumerate(layers):
-                x, seen = layer(x, context, None if keys is None else keys[i])
-            return x, seen
+                key = None if keys is None else keys[i]
+                x, seen = _rematerialized(layer, context)(by_rows(x), key)
+            return by_rows(x), seen
 
-        x, seen = self.scan(unit, dropout(x, self.rate, first), keys, context.remat)
+        x, seen = self.scan(unit, dropout(x, self.rate, first), keys)
         return dropout(self.norm(x), self.rate, last), seen
 
 
@@ -441,14 +456,17 @@ class EncoderDecoder(nnx.Module):
         return logits, cache
 
     def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return whole(self.embedding_vd, _dtype(self.cfg))[tokens]
+        # in float32: a frequent token's gradient is a long sum
+        table = self.embedding_vd
+        rows = on_rows(lambda tokens, table_vd: table_vd[tokens], jnp.float32, tokens, table)
+        return rows.astype(_dtype(self.cfg))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.head_dv is None:
             # T5 v1.0 shares the embedding and scales, because its rows have unit variance
-            logits = jnp.dot(x, whole(self.embedding_vd, x.dtype).T).astype(jnp.float32)
-            return logits * self.cfg.d_model**-0.5
-        return jnp.dot(x.astype(jnp.float32), whole(self.head_dv, jnp.float32))
+            logits = on_rows(lambda x, w_vd: x @ w_vd.T, x.dtype, x, self.embedding_vd)
+            return logits.astype(jnp.float32) * self.cfg.d_model**-0.5
+        return on_rows(jnp.dot, jnp.float32, x.astype(jnp.float32), self.head_dv)
 
 
 def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:

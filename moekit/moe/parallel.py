@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moekit.sharding import BATCH, ROW_AXES, variable_spec
+from moekit.sharding import BATCH, ROW_AXES, gathered, rows_only, variable_spec
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,13 @@ def split_over_mesh(function: Callable, module: nnx.Module, mesh: Mesh, cast: Ca
     is_variable = {"is_leaf": lambda leaf: isinstance(leaf, nnx.Variable)}
     specs = jax.tree.map(lambda v: variable_spec(v, mesh), state, **is_variable)
 
-    def gathered(variable: nnx.Variable, spec: PartitionSpec) -> nnx.Variable:
-        value = cast(variable)
-        for dim, names in enumerate(spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            if set(names) & set(ROW_AXES) and variable.axes[dim - value.ndim] != "expert":
-                value = jax.lax.all_gather(value, names, axis=dim, tiled=True)
-        return variable.replace(value)
-
     def local(state, rows, key):
-        whole = jax.tree.map(gathered, state, specs, **is_variable)
+        def arrives(variable, spec):
+            # experts stay where they are, all else is gathered
+            kept = ("data",) if "expert" in variable.axes else ROW_AXES
+            return variable.replace(gathered(cast(variable), rows_only(spec, kept)))
+
+        whole = jax.tree.map(arrives, state, specs, **is_variable)
         return function(nnx.merge(graphdef, whole), rows, key)
 
     sharded = jax.shard_map(

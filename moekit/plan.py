@@ -1,0 +1,566 @@
+"""What a training step would cost on a TPU slice, from a machine without one.
+
+The real step is compiled ahead of time for a named topology, in a child process (only one at a time
+may hold the TPU compiler), and the compiled program is read. Memory and collectives are what would
+run. Times are estimates: products by the compiler's own cycles, everything else by its bytes of
+memory, collectives by the links that their devices span; the low bound of a step overlaps links
+perfectly with the rest, the high one not at all.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from moekit.config import REMATS, ModelConfig, TrainConfig, preset
+from moekit.errors import unknown
+from moekit.moe.capacity import slots_per_expert
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peaks of a TPU chip, and how much of them work other than products reaches."""
+
+    flops: float  # bf16, a second
+    hbm_bandwidth: float  # bytes a second
+    link: float  # bytes a second, one link, one way
+    dimensions: int  # of the torus
+    wraps_from: int  # extent from which a dimension of a slice is a ring
+    clock: float
+    hbm_gib: int
+    slices: tuple[str, ...]
+    memory_efficiency: float = 0.8
+    kernel_efficiency: float = 0.75
+
+
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_PLANES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CHIPS = {
+    "v4": Chip(275e12, 1.23e12, 45e9, 3, 4, 1.05e9, 32, _CUBES),
+    "v5e": Chip(197e12, 0.82e12, 45e9, 2, 16, 1.5e9, 16, _PLANES),
+    "v5p": Chip(459e12, 2.77e12, 90e9, 3, 4, 1.75e9, 95, _CUBES),
+    "v6e": Chip(918e12, 1.64e12, 90e9, 2, 16, 1.75e9, 32, _PLANES),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan. `topology` is chip:slice, as v5p:4x8x8; `mesh` names axis sizes, the rest of
+    the chips goes to data."""
+
+    cfg: ModelConfig
+    topology: str
+    mesh: dict[str, int] = field(default_factory=dict)
+    batch: int = 256
+    input_length: int = 512
+    target_length: int = 128
+    optimizer: str = "adafactor"
+    remat: str = "full"
+
+    def __post_init__(self):
+        self.chip  # noqa: B018  raises for an unknown one
+        if self.remat not in REMATS:
+            raise unknown("remat", self.remat, REMATS)
+        for axis in self.mesh:
+            if axis not in ("data", "expert", "model"):
+                raise unknown("mesh axis", axis, ("data", "expert", "model"))
+        rows = self.axes["data"] * self.axes["expert"]
+        if self.batch < 1 or self.batch % rows:
+            raise ValueError(
+                f"a batch of {self.batch} rows cannot be split over data x expert = {rows} chips: "
+                f"use a multiple of {rows}, or fewer chips on data and expert and more on model"
+            )
+
+    @property
+    def chip(self) -> Chip:
+        name, _, shape = self.topology.partition(":")
+        if name not in CHIPS:
+            raise unknown("chip", name, CHIPS)
+        if (
+            not re.fullmatch(r"\d+(x\d+)*", shape)
+            or len(shape.split("x")) != CHIPS[name].dimensions
+        ):
+            raise ValueError(
+                f"topology {self.topology!r}: write chip:slice, for {name} one of "
+                f"{', '.join(CHIPS[name].slices)}"
+            )
+        return CHIPS[name]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(map(int, self.topology.partition(":")[2].split("x")))
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of all three mesh axes; ValueError if they do not fill the slice."""
+        expert, model = self.mesh.get("expert", 1), self.mesh.get("model", 1)
+        data = self.mesh.get("data", self.chips // max(1, expert * model))
+        if min(data, expert, model) < 1 or data * expert * model != self.chips:
+            raise ValueError(
+                f"a mesh of data={self.mesh.get('data', 'rest')}, expert={expert}, model={model} "
+                f"does not fill the {self.chips} chips of {self.topology}: choose sizes whose "
+                f"product divides {self.chips}"
+            )
+        return {"data": data, "expert": expert, "model": model}
+
+    @property
+    def train(self) -> TrainConfig:
+        return TrainConfig(
+            batch_tokens=self.batch * (self.input_length + self.target_length),
+            input_length=self.input_length,
+            target_length=self.target_length,
+            optimizer=self.optimizer,
+            remat=self.remat,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiler says of a training step on a slice; per chip where nothing else is said."""
+
+    preset: str
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    input_length: int
+    target_length: int
+    optimizer: str
+    remat: str
+    parameters: int
+    hbm_gib_per_chip: dict[str, float]  # total, arguments, temporaries, output
+    hbm_limit_gib: float
+    fits: bool
+    advice: list[str]
+    compile_seconds: float
+    host_gib: float
+    estimate_kind: str = "none: the compiler stopped where memory ran out"
+    step_seconds: tuple[float, float] | None = None  # low, high
+    split_seconds: dict[str, float] = field(default_factory=dict)  # products, memory, links
+    mfu: tuple[float, float] | None = None  # low, high
+    # share of the compiled FLOPs that the model needs; the rest is computed again, padded, scores
+    hardware_flops_share: float | None = None
+    flops: dict[str, float] = field(default_factory=dict)  # of the step on all chips
+    hbm_bytes: float | None = None
+    collectives: list[dict[str, Any]] = field(default_factory=list)  # op, axis, count, bytes
+    waits_for: str = "memory"
+    heaviest: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def plot(self):
+        """Memory by kind beside the chip's limit, and the step's time by what it is spent on."""
+        from moekit.analysis.figures import plot_plan
+
+        return plot_plan(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def forward_flops(
+    cfg: ModelConfig, rows: int, length: int, target_length: int, shards: int = 1
+) -> dict[str, float]:
+    """FLOPs of all products of a forward pass: in the stacks, in the output head, and ("last") in
+    the products that end a layer.
+
+    Unlike `ModelConfig.flops_per_token` it counts attention scores, the router's logits and the
+    experts' slots, filled or not; `shards` are the devices that split the rows.
+    """
+    inner, d = cfg.num_heads * cfg.head_dim, cfg.d_model
+    sources, targets = rows * length, rows * target_length
+    stacks = last = 0.0
+    for stack, tokens, own in (
+        ("encoder", sources, length),
+        ("decoder", targets, target_length),
+    ):
+        layers, sparse = getattr(cfg, f"{stack}_layers"), cfg.moe_layers(stack)
+        stacks += layers * tokens * (8 * d * inner + 4 * own * inner)
+        if stack == "decoder":
+            stacks += layers * (4 * d * inner * (targets + sources) + 4 * length * inner * targets)
+        stacks += (layers - sparse) * tokens * 2 * cfg.ffn_parameters(cfg.d_ff)
+        extra = cfg.extra_d_ff or 0
+        stacks += sparse * tokens * 2 * (d * cfg.num_experts + cfg.ffn_parameters(extra))
+        slots = expert_slots(cfg, stack, tokens // shards) * shards if sparse else 0
+        stacks += sparse * slots * 2 * cfg.ffn_parameters(cfg.expert_d_ff or cfg.d_ff)
+        last += 2 * tokens * d * ((layers - sparse) * cfg.d_ff + sparse * extra)
+    return {"stacks": stacks, "head": 2.0 * targets * d * cfg.vocab_size, "last": last}
+
+
+def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
+    """Slots of all experts for a device's tokens in training."""
+    groups = math.ceil(tokens / cfg.group_size)
+    router = cfg.stack_router(stack)
+    choices = (getattr(router, "num_choices", 1) or 1) if cfg.capacity_counts_k else 1
+    slots = slots_per_expert(
+        math.ceil(tokens / groups),
+        cfg.num_experts,
+        cfg.capacity_factor,
+        choices=choices,
+        minimum=cfg.min_capacity,
+    )
+    return groups * cfg.num_experts * slots
+
+
+def step_flops(request: Request) -> float:
+    """FLOPs of all products of a training step, with what "full" remat computes again: every layer
+    but its last product, whose result nothing asks for. ("dots" repeats only attention scores and
+    experts, which this leaves out.)"""
+    shards = request.axes["data"] * request.axes["expert"]
+    lengths = (request.input_length, request.target_length)
+    flops = forward_flops(request.cfg, request.batch, *lengths, shards)
+    again = flops["stacks"] - flops["last"] if request.remat == "full" else 0.0
+    return 3 * (flops["stacks"] + flops["head"]) + again
+
+
+def plan(
+    model: str | ModelConfig,
+    topology: str,
+    *,
+    mesh: dict[str, int] | None = None,
+    batch: int = 256,
+    input_length: int = 512,
+    target_length: int = 128,
+    optimizer: str = "adafactor",
+    remat: str = "full",
+) -> Plan:
+    """Compile the training step of a model for a TPU slice and read what it would cost.
+
+    Args:
+      topology: chip:slice, for v4, v5e, v5p and v6e, as "v5p:4x8x8"; no TPU is needed.
+      mesh: sizes of the axes expert and model; the rest goes to data.
+      batch: rows a step, of input_length + target_length tokens each.
+      remat: see `TrainConfig`.
+
+    Raises:
+      ValueError: unknown names, sizes that do not divide, no TPU compiler (libtpu) installed.
+    """
+    cfg = preset(model) if isinstance(model, str) else model
+    return compile_in_child(
+        Request(
+            cfg, topology, dict(mesh or {}), batch, input_length, target_length, optimizer, remat
+        )
+    )
+
+
+def compile_in_child(request: Request) -> Plan:
+    """One request in a fresh process: the TPU compiler and its memory go with it."""
+    values = asdict(request) | {"cfg": request.cfg.to_dict()}
+    quiet = {
+        "JAX_PLATFORMS": "cpu",  # do not look for a TPU
+        "TPU_SKIP_MDS_QUERY": "1",  # nor for a cloud that would describe one
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "moekit.plan"],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        env=os.environ | quiet,
+    )
+    last = child.stdout.strip().splitlines()[-1:] or [""]
+    try:
+        answer = json.loads(last[0])
+    except json.JSONDecodeError:
+        reason = (child.stderr.strip().splitlines() or ["no output"])[-1][:300]
+        raise ValueError(
+            f"the TPU compiler ended with code {child.returncode} while planning "
+            f"{request.cfg.name} on {request.topology}: {reason}"
+        ) from None
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return Plan(**answer)
+
+
+def sweep(request: Request) -> Iterator[Request]:
+    """Other meshes and remat policies for the same slice, those most likely to be good first."""
+    cfg, chips = request.cfg, request.chips
+    common = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
+    experts = [n for n in range(common, 0, -1) if common % n == 0][:2]
+    models = [m for m in (1, 2, 4) if all(size % m == 0 for size in cfg.split_by_model().values())]
+    for remat, model, expert in itertools.product(("full", "dots"), models, experts):
+        if chips % (expert * model) == 0 and request.batch % (chips // model) == 0:
+            yield replace(request, mesh={"expert": expert, "model": model}, remat=remat)
+
+
+def ranked(plans: list[Plan]) -> list[Plan]:
+    """What fits before what does not; then by MFU, then by memory."""
+    return sorted(
+        plans,
+        key=lambda p: (not p.fits, -(p.mfu[1] if p.mfu else 0), p.hbm_gib_per_chip["total"]),
+    )
+
+
+def smallest_slices(request: Request) -> Iterator[Request]:
+    """The request on the slices of its chip, from the smallest whose memory could hold the
+    parameters and their gradients (float32)."""
+    name = request.topology.partition(":")[0]
+    needed = 8 * request.cfg.num_parameters().total / GIB
+    for shape in CHIPS[name].slices:
+        chips = math.prod(map(int, shape.split("x")))
+        if chips * CHIPS[name].hbm_gib > needed and request.batch % chips == 0:
+            expert = math.gcd(chips, request.cfg.num_experts) if request.cfg.num_experts else 1
+            yield replace(request, topology=f"{name}:{shape}", mesh={"expert": expert})
+
+
+def as_text(p: Plan) -> str:
+    """The table that `moekit plan` prints."""
+    axes = ", ".join(f"{n} {s}" for n, s in p.mesh.items())
+    lines = [
+        f"{p.preset} on {p.topology} ({axes}), batch {p.batch} x ({p.input_length} + "
+        f"{p.target_length}), {p.optimizer}, remat {p.remat}",
+        f"{'parameters':22} {p.parameters / 1e9:10.2f} B",
+    ]
+    kinds = {k: v for k, v in p.hbm_gib_per_chip.items() if k != "total"}
+    parts = ", ".join(f"{k} {v:.1f}" for k, v in kinds.items())
+    total = p.hbm_gib_per_chip["total"]
+    lines.append(f"{'memory a chip':22} {total:10.2f} GiB of {p.hbm_limit_gib:g} ({parts})")
+    if p.step_seconds:
+        low, high = p.step_seconds
+        split = ", ".join(f"{k} {v:.3f}" for k, v in p.split_seconds.items())
+        lines += [
+            f"{'step time':22} {low:10.3f} to {high:.3f} s ({split})",
+            f"{'':22} {p.estimate_kind}",
+            f"{'MFU':22} {100 * p.mfu[0]:10.1f} to {100 * p.mfu[1]:.1f} %",
+            f"{'FLOPs of a step':22} {p.flops['model'] / 1e15:10.3f} P of the model, "
+            f"{p.flops['compiled'] / 1e15:.3f} P compiled, {p.flops['analytic'] / 1e15:.3f} P by "
+            f"formula; share of the model {100 * p.hardware_flops_share:.0f} %",
+            f"{'memory traffic':22} {p.hbm_bytes / 1e9:10.1f} GB a chip",
+            f"{'collectives':22} {'axis':14} {'count':>7} {'MB sent a chip':>15} {'ms':>8}",
+        ]
+        lines += [
+            f"  {c['op']:20} {c['axis']:14} {c['count']:7.0f} {c['bytes'] / 1e6:15.1f} "
+            f"{1e3 * c['seconds']:8.2f}"
+            for c in p.collectives
+        ]
+    verdict = "fits" if p.fits else "does not fit"
+    lines += [
+        f"{'compiled in':22} {p.compile_seconds:10.1f} s with {p.host_gib:.1f} GiB of host memory",
+        f"{'verdict':22} {verdict}; waits for {p.waits_for}",
+    ]
+    return "\n".join(lines + [f"{'':22} {line}" for line in p.advice])
+
+
+def _compile(request: Request) -> dict[str, Any]:
+    """The child's work: everything that needs the TPU compiler."""
+    import resource
+
+    import jax
+    from flax import nnx
+    from jax.experimental import mesh_utils, topologies
+    from jax.sharding import AxisType, Mesh
+
+    from moekit.model.transformer import EncoderDecoder
+    from moekit.sharding import AXES
+    from moekit.step import abstract_batch, compiled_step
+
+    name = request.topology.partition(":")[0]
+    # one device a chip: v4 could also show its two cores
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}
+    try:
+        slice_ = topologies.get_topology_desc(
+            platform="tpu", topology_name=request.topology, **options
+        )
+    except Exception as error:
+        if "libtpu" in str(error).lower() or "find" in str(error).lower():
+            raise ValueError(
+                "planning needs the TPU compiler, which needs no TPU: pip install 'moekit[tpu]' "
+                f"({str(error).splitlines()[0][:150]})"
+            ) from None
+        known = ", ".join(CHIPS[name].slices)
+        raise ValueError(
+            f"no slice {request.topology}: {str(error).splitlines()[0][:150]}; {name} has for "
+            f"example {known}"
+        ) from None
+    sizes = tuple(request.axes.values())
+    devices = mesh_utils.create_device_mesh(
+        sizes, devices=list(slice_.devices), allow_split_physical_axes=True
+    )
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    model = nnx.eval_shape(lambda: EncoderDecoder(request.cfg, mesh=mesh))
+    step = compiled_step(model, request.train)
+    start = time.perf_counter()
+    lowered = step.update.lower(
+        step.params, step.rest, step.opt_state, *abstract_batch(request.train, mesh)
+    )
+    seconds = lambda: round(time.perf_counter() - start, 1)  # noqa: E731
+    host = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # noqa: E731
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        if not used:
+            raise ValueError(f"the TPU compiler refused: {str(error)[:300]}") from None
+        return _known(request, float(used[1]), {}) | {
+            "compile_seconds": seconds(),
+            "host_gib": host(),
+            "advice": _memory_advice(request),
+        }
+    memory = compiled.memory_analysis()
+    kinds = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        # what is written into the memory of donated arguments is theirs
+        "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    kinds = {k: round(v / GIB, 3) for k, v in kinds.items()}
+    found = _known(request, round(sum(kinds.values()), 3), kinds)
+    found["compile_seconds"] = seconds()
+    found |= _read(request, compiled, mesh) | {"host_gib": host()}
+    if not found["fits"]:
+        found["waits_for"], found["advice"] = "memory", _memory_advice(request)
+    return found
+
+
+def _known(request: Request, total: float, kinds: dict[str, float]) -> dict[str, Any]:
+    fields = ("topology", "batch", "input_length", "target_length", "optimizer", "remat")
+    return {name: getattr(request, name) for name in fields} | {
+        "preset": request.cfg.name,
+        "mesh": request.axes,
+        "parameters": request.cfg.num_parameters().total,
+        "hbm_gib_per_chip": {"total": total, **kinds},
+        "hbm_limit_gib": request.chip.hbm_gib,
+        "fits": total <= request.chip.hbm_gib and bool(kinds),
+    }
+
+
+def _memory_advice(request: Request) -> list[str]:
+    advice = []
+    if request.remat != "full":
+        advice.append("use remat full: every unit is computed again from its input")
+    if request.optimizer != "adafactor":
+        advice.append("use adafactor: it keeps averages of rows and columns, not whole moments")
+    rows = request.batch // (request.axes["data"] * request.axes["expert"])
+    if rows > 1:
+        advice.append(f"a smaller batch: each chip holds the activations of {rows} rows")
+    return [*advice, "a larger slice"]
+
+
+def _read(request: Request, compiled, mesh) -> dict[str, Any]:
+    """Times, FLOPs and collectives of a compiled step."""
+    from moekit.hlo import Walker
+
+    try:
+        text = compiled.as_text()
+    except Exception as error:
+        raise ValueError(
+            "the compiled program cannot be read, which happens when jax and libtpu do not belong "
+            f"together: pip install 'jax[tpu]' ({str(error)[:150]})"
+        ) from None
+    chip = request.chip
+    cost = Walker(text, mesh, chip, links(mesh, chip)).run()
+    # no time is shorter than what the memory traffic takes
+    compute = max(cost.seconds, cost.hbm_bytes / chip.hbm_bandwidth)
+    low, high = max(compute, cost.link_seconds), compute + cost.link_seconds
+    encoder, decoder = request.cfg.flops_per_token()
+    tokens = encoder * request.input_length + decoder * request.target_length
+    flops = {
+        "model": 3 * request.batch * tokens,
+        "analytic": step_flops(request),
+        "compiled": cost.flops * mesh.size,
+    }
+    ideal = flops["model"] / mesh.size / chip.flops
+    split = {
+        "products": cost.product_seconds,
+        "memory": compute - cost.product_seconds,
+        "links": cost.link_seconds,
+    }
+    collectives = [
+        {"op": op, "axis": axis, **asdict(traffic)}
+        for (op, axis), traffic in sorted(cost.collectives.items(), key=lambda kv: -kv[1].seconds)
+    ]
+    for each in collectives:
+        each["bytes"] = each.pop("nbytes")
+    waits_for = max(split, key=split.get)
+    return {
+        "estimate_kind": "an estimate, never measured: low if links overlap with all else, high if "
+        "with nothing",
+        "step_seconds": (low, high),
+        "split_seconds": split,
+        "mfu": (ideal / high, ideal / low),
+        "hardware_flops_share": flops["model"] / flops["compiled"],
+        "flops": flops,
+        "hbm_bytes": cost.hbm_bytes,
+        "collectives": collectives,
+        "waits_for": waits_for,
+        "heaviest": [
+            {"seconds": s, "op": op, "source": source} for s, op, source in cost.heaviest[:20]
+        ],
+        "advice": _time_advice(request, cost, split, waits_for),
+    }
+
+
+def _time_advice(request: Request, cost, split: dict[str, float], waits_for: str) -> list[str]:
+    advice = []
+    if cost.padded_gathers > 0.1 * sum(t.nbytes for t in cost.collectives.values()):
+        advice.append(
+            f"{cost.padded_gathers / 1e9:.1f} GB a chip travel in all-reduces of zero-padded "
+            "buffers, twice the bytes of the all-gathers they stand for: other mesh sizes may "
+            "split weights into whole tiles"
+        )
+    if waits_for == "links":
+        worst = max(cost.collectives.items(), key=lambda kv: kv[1].seconds)[0]
+        advice.append(f"a larger batch or another mesh: {worst[0]} over {worst[1]} weighs most")
+    elif request.remat == "full" and request.chip.hbm_gib > 0:
+        advice.append('with memory left, remat "dots" computes less again')
+    if waits_for == "memory":
+        advice.append("most time goes to reading and writing memory: more tokens a chip help")
+    return advice
+
+
+def links(mesh, chip: Chip):
+    """seconds(kind, bytes, members): how long a chip's bytes take on the links that the members of
+    a collective span.
+
+    Rings over every dimension of the torus that they cover, in both directions; an all-to-all is
+    bound by the cut through its longest dimension. One microsecond to start.
+    """
+    import numpy as np
+
+    coordinates = np.array([d.coords for d in mesh.devices.flat])
+    whole = np.ptp(coordinates, axis=0) + 1
+
+    def seconds(kind: str, nbytes: float, members) -> float:
+        extents = [len(set(column)) for column in coordinates[members].T]
+        rings = [
+            (extent, extent == size and extent >= chip.wraps_from)
+            for extent, size in zip(extents, whole, strict=True)
+            if extent > 1
+        ]
+        if kind == "collective-permute" or not rings:
+            return 1e-6 + nbytes / chip.link
+        if "all-to-all" in kind:
+            longest, ring = max(rings)
+            return 1e-6 + nbytes * longest / ((8 if ring else 4) * chip.link)
+        return 1e-6 + nbytes / (chip.link * sum(2 if ring else 1 for _, ring in rings))
+
+    return seconds
+
+
+def main() -> None:
+    """Reads a request as JSON, writes a plan as JSON."""
+    values = json.loads(sys.stdin.read())
+    try:
+        values["cfg"] = ModelConfig.from_dict(values["cfg"])
+        answer = _compile(Request(**values))
+    except (ValueError, NotImplementedError) as error:
+        answer = {"error": " ".join(str(error).split())}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
