@@ -35,6 +35,7 @@ _HOMES = {
     "model.transformer": "EncoderDecoder auxiliary_losses with_config",
     "moe.layer": "LayerStats MoE TokenRouting",
     "moe.routing": "ExpertChoice GShard Hash LossFree Random Routing Switch TopK assign",
+    "plan": "Plan plan",
     "recipes": "Lab StudyConfig finetune instruction_tune pretrain study",
     "scores": "Scores compare",
     "sharding": "make_mesh",

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from moekit.config import StudyConfig, TrainConfig
+from moekit.config import StudyConfig, TrainConfig, preset
 from moekit.errors import unknown
 
-VERBS = ("doctor", "tour", "train", "eval", "data", "bench", "study", "figures")
+VERBS = ("doctor", "tour", "train", "eval", "plan", "data", "bench", "study", "figures")
 
 
 @dataclass
@@ -101,6 +101,50 @@ class Train:
         last = run.metrics.rows[-1]
         text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {self.workdir}"
         return {"workdir": str(self.workdir), **last}, text
+
+
+def _axes(text: str) -> dict[str, int]:
+    """{"expert": 64} of "expert=64,model=2"."""
+    axes = {}
+    for part in filter(None, text.split(",")):
+        name, equals, size = part.partition("=")
+        if not equals or not size.isdigit():
+            raise ValueError(f"mesh {text!r}: write axes as expert=8,model=2")
+        axes[name.strip()] = int(size)
+    return axes
+
+
+@dataclass
+class Plan:
+    """Compile a training step for a TPU slice, without one: memory, time, collectives, verdict."""
+
+    preset: Annotated[str, tyro.conf.Positional] = "st-base"
+    topology: str = "v5e:2x4"
+    """chip:slice, for v4, v5e, v5p, v6e; with --sweep a chip alone looks for its smallest slice."""
+    mesh: str = ""
+    """Axis sizes such as expert=64,model=2; the rest of the chips goes to data."""
+    batch: int = 256
+    """Rows a step."""
+    input_length: int = 512
+    target_length: int = 128
+    optimizer: str = "adafactor"
+    remat: str = "full"
+    sweep: bool = False
+    """Try meshes and remat policies, or slices, and rank them."""
+    json: bool = False
+
+    def run(self) -> tuple[object, str]:
+        from moekit.plan import Request, compile_in_child, ranking, sweep
+
+        lengths = (self.input_length, self.target_length)
+        options = (self.batch, *lengths, self.optimizer, self.remat)
+        cfg = preset(self.preset)
+        if not self.sweep:
+            request = Request(cfg, self.topology, _axes(self.mesh), *options)
+            found = compile_in_child(request)
+            return found.to_dict(), str(found)
+        plans = sweep(cfg, self.topology, *options)
+        return [p.to_dict() for p in plans], ranking(plans)
 
 
 @dataclass
@@ -243,7 +287,7 @@ class Figures:
 
 
 _COMMANDS: dict[str, Callable] = dict(
-    zip(VERBS, (Doctor, Tour, Train, Eval, Data, Bench, Study, Figures), strict=True)
+    zip(VERBS, (Doctor, Tour, Train, Eval, Plan, Data, Bench, Study, Figures), strict=True)
 )
 
 

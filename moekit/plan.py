@@ -14,10 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from tqdm import tqdm
 
 from moekit.config import REMATS, ModelConfig, TrainConfig, preset
 from moekit.errors import unknown
@@ -264,94 +267,151 @@ def compile_in_child(request: Request) -> Plan:
         "TPU_STDERR_LOG_LEVEL": "3",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    child = subprocess.run(
-        [sys.executable, "-m", "moekit.plan"],
-        input=json.dumps(values),
-        capture_output=True,
-        text=True,
-        env=os.environ | quiet,
-    )
-    last = child.stdout.strip().splitlines()[-1:] or [""]
+    what = f"compile {request.cfg.name} for {request.topology} (up to minutes)"
+    command = [sys.executable, "-m", "moekit.plan"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False, disable=None) as bar,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | quiet,
+        ) as child,
+    ):
+        child.stdin.write(json.dumps(values))
+        child.stdin.close()
+        while child.poll() is None:
+            bar.update(0)
+            bar.refresh()
+            time.sleep(0.5)
+        output = child.stdout.read()
+        errors.seek(0)
+        complaint = errors.read().strip().splitlines() or ["no output"]
     try:
-        answer = json.loads(last[0])
+        answer = json.loads((output.strip().splitlines() or [""])[-1])
     except json.JSONDecodeError:
-        reason = (child.stderr.strip().splitlines() or ["no output"])[-1][:300]
         raise ValueError(
             f"the TPU compiler ended with code {child.returncode} while planning "
-            f"{request.cfg.name} on {request.topology}: {reason}"
+            f"{request.cfg.name} on {request.topology}: {complaint[-1][:300]}"
         ) from None
     if "error" in answer:
         raise ValueError(answer["error"])
     return Plan(**answer)
 
 
-def sweep(request: Request) -> Iterator[Request]:
-    """Other meshes and remat policies for the same slice, those most likely to be good first."""
-    cfg, chips = request.cfg, request.chips
-    common = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
-    experts = [n for n in range(common, 0, -1) if common % n == 0][:2]
-    models = [m for m in (1, 2, 4) if all(size % m == 0 for size in cfg.split_by_model().values())]
-    for remat, model, expert in itertools.product(("full", "dots"), models, experts):
-        if chips % (expert * model) == 0 and request.batch % (chips // model) == 0:
-            yield replace(request, mesh={"expert": expert, "model": model}, remat=remat)
+def sweep(cfg: ModelConfig, topology: str, *options) -> list[Plan]:
+    """Plans of other meshes and remat policies for a slice, or, if only a chip is named, of its
+    slices from small to large until the model fits; best first. `options` are the rest of
+    `Request`'s fields after mesh.
 
-
-def ranked(plans: list[Plan]) -> list[Plan]:
-    """What fits before what does not; then by MFU, then by memory."""
+    Raises:
+      ValueError: unknown names; nothing divides the batch.
+    """
+    if ":" in topology:
+        requests = list(_meshes(Request(cfg, topology, {}, *options)))
+    else:
+        requests = list(_slices(cfg, topology, *options))
+    if not requests:
+        raise ValueError(
+            f"no mesh or slice of {topology} divides a batch of {options[0]} rows and holds "
+            f"{cfg.name}: use a batch that is a multiple of the chips"
+        )
+    plans = []
+    for request in tqdm(requests, desc=f"plan {cfg.name}", unit="plan"):
+        plans.append(compile_in_child(request))
+        if ":" not in topology and plans[-1].fits:
+            break
     return sorted(
         plans,
         key=lambda p: (not p.fits, -(p.mfu[1] if p.mfu else 0), p.hbm_gib_per_chip["total"]),
     )
 
 
-def smallest_slices(request: Request) -> Iterator[Request]:
-    """The request on the slices of its chip, from the smallest whose memory could hold the
-    parameters and their gradients (float32)."""
-    name = request.topology.partition(":")[0]
-    needed = 8 * request.cfg.num_parameters().total / GIB
+def _meshes(request: Request) -> Iterator[Request]:
+    """Meshes that divide everything, with the most expert parallelism first."""
+    cfg, chips = request.cfg, request.chips
+    common = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
+    experts = [n for n in range(common, 0, -1) if common % n == 0][:2]
+    sizes = cfg.split_by_model().values()
+    models = [m for m in (1, 2, 4) if all(size % m == 0 for size in sizes)]
+    for remat, model, expert in itertools.product(("full", "dots"), models, experts):
+        if chips % (expert * model) == 0 and request.batch % (chips // model) == 0:
+            yield replace(request, mesh={"expert": expert, "model": model}, remat=remat)
+
+
+def _slices(cfg: ModelConfig, name: str, *options) -> Iterator[Request]:
+    """Slices of a chip from the smallest whose memory could hold parameters and gradients."""
+    if name not in CHIPS:
+        raise unknown("chip", name, CHIPS)
+    needed = 8 * cfg.num_parameters().total / GIB  # float32
     for shape in CHIPS[name].slices:
         chips = math.prod(map(int, shape.split("x")))
-        if chips * CHIPS[name].hbm_gib > needed and request.batch % chips == 0:
-            expert = math.gcd(chips, request.cfg.num_experts) if request.cfg.num_experts else 1
-            yield replace(request, topology=f"{name}:{shape}", mesh={"expert": expert})
+        if chips * CHIPS[name].hbm_gib > needed and options[0] % chips == 0:
+            expert = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
+            yield Request(cfg, f"{name}:{shape}", {"expert": expert}, *options)
+
+
+def ranking(plans: list[Plan]) -> str:
+    """One line a plan."""
+    lines = [
+        f"{'slice':12} {'data':>5} {'expert':>6} {'model':>5} {'remat':6} {'GiB a chip':>11} fits "
+        f"{'step s':>14} {'MFU %':>12}"
+    ]
+    for p in plans:
+        axes = p.mesh
+        memory = p.hbm_gib_per_chip["total"]
+        step = "{:.2f} to {:.2f}".format(*p.step_seconds) if p.step_seconds else "-"
+        mfu = "{:.0f} to {:.0f}".format(*(100 * m for m in p.mfu)) if p.mfu else "-"
+        lines.append(
+            f"{p.topology:12} {axes['data']:5} {axes['expert']:6} {axes['model']:5} {p.remat:6} "
+            f"{memory:11.1f} {'yes' if p.fits else 'no':4} {step:>14} {mfu:>12}"
+        )
+    return "\n".join(lines)
 
 
 def as_text(p: Plan) -> str:
     """The table that `moekit plan` prints."""
     axes = ", ".join(f"{n} {s}" for n, s in p.mesh.items())
+    total = p.hbm_gib_per_chip["total"]
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in p.hbm_gib_per_chip.items() if k != "total")
     lines = [
         f"{p.preset} on {p.topology} ({axes}), batch {p.batch} x ({p.input_length} + "
         f"{p.target_length}), {p.optimizer}, remat {p.remat}",
-        f"{'parameters':22} {p.parameters / 1e9:10.2f} B",
+        f"{'parameters':16} {_short(p.parameters)}",
+        f"{'memory a chip':16} {total:.2f} of {p.hbm_limit_gib:g} GiB ({parts})",
     ]
-    kinds = {k: v for k, v in p.hbm_gib_per_chip.items() if k != "total"}
-    parts = ", ".join(f"{k} {v:.1f}" for k, v in kinds.items())
-    total = p.hbm_gib_per_chip["total"]
-    lines.append(f"{'memory a chip':22} {total:10.2f} GiB of {p.hbm_limit_gib:g} ({parts})")
     if p.step_seconds:
-        low, high = p.step_seconds
-        split = ", ".join(f"{k} {v:.3f}" for k, v in p.split_seconds.items())
+        low, high = (1e3 * s for s in p.step_seconds)
+        split = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in p.split_seconds.items())
+        flops = ", ".join(f"{_short(v)} {k}" for k, v in p.flops.items())
         lines += [
-            f"{'step time':22} {low:10.3f} to {high:.3f} s ({split})",
-            f"{'':22} {p.estimate_kind}",
-            f"{'MFU':22} {100 * p.mfu[0]:10.1f} to {100 * p.mfu[1]:.1f} %",
-            f"{'FLOPs of a step':22} {p.flops['model'] / 1e15:10.3f} P of the model, "
-            f"{p.flops['compiled'] / 1e15:.3f} P compiled, {p.flops['analytic'] / 1e15:.3f} P by "
-            f"formula; share of the model {100 * p.hardware_flops_share:.0f} %",
-            f"{'memory traffic':22} {p.hbm_bytes / 1e9:10.1f} GB a chip",
-            f"{'collectives':22} {'axis':14} {'count':>7} {'MB sent a chip':>15} {'ms':>8}",
+            f"{'step time':16} {low:.2f} to {high:.2f} ms ({split})",
+            f"{'':16} {p.estimate_kind}",
+            f"{'MFU':16} {100 * p.mfu[0]:.1f} to {100 * p.mfu[1]:.1f} %",
+            f"{'FLOPs a step':16} {flops}; {100 * p.hardware_flops_share:.0f} % are the model's",
+            f"{'memory traffic':16} {_short(p.hbm_bytes)}B a chip",
+            f"{'collectives':16} {'axis':14} {'count':>7} {'MB sent a chip':>15} {'ms':>8}",
         ]
         lines += [
-            f"  {c['op']:20} {c['axis']:14} {c['count']:7.0f} {c['bytes'] / 1e6:15.1f} "
+            f"  {c['op']:18}{c['axis']:14} {c['count']:7.0f} {c['bytes'] / 1e6:15.1f} "
             f"{1e3 * c['seconds']:8.2f}"
             for c in p.collectives
         ]
     verdict = "fits" if p.fits else "does not fit"
     lines += [
-        f"{'compiled in':22} {p.compile_seconds:10.1f} s with {p.host_gib:.1f} GiB of host memory",
-        f"{'verdict':22} {verdict}; waits for {p.waits_for}",
+        f"{'compiled in':16} {p.compile_seconds:.1f} s with {p.host_gib:.1f} GiB of host memory",
+        f"{'verdict':16} {verdict}; waits for {p.waits_for}",
     ]
-    return "\n".join(lines + [f"{'':22} {line}" for line in p.advice])
+    return "\n".join(lines + [f"{'':16} {line}" for line in p.advice])
+
+
+def _short(value: float) -> str:
+    """Three digits and the power of a thousand."""
+    power = min(5, int(math.log10(max(value, 1)) // 3))
+    return f"{value / 1000**power:.4g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
 def _compile(request: Request) -> dict[str, Any]:

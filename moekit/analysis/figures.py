@@ -321,3 +321,44 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return fig
+
+
+def plot_plan(plan):
+    """A `Plan`: memory of a chip by kind beside its limit, the step's time by what it is spent on,
+    and what the collectives send."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=(1, 1.2, 1.8))
+    kinds = {k: v for k, v in plan.hbm_gib_per_chip.items() if k != "total"}
+    _stacked(left, kinds or {"asked for": plan.hbm_gib_per_chip["total"]})
+    left.axhline(plan.hbm_limit_gib, color="black", linestyle="--")
+    left.text(0.5, plan.hbm_limit_gib, "limit", ha="right", va="bottom", fontsize=8)
+    left.set(ylabel="GiB a chip", title="memory", xticks=[], xlim=(-0.5, 1.6))
+    _stacked(middle, plan.split_seconds)
+    for bound, seconds in zip(("overlapped", "in turn"), plan.step_seconds or (), strict=False):
+        middle.axhline(seconds, color="black", linestyle=":", linewidth=1)
+        middle.text(1.6, seconds, bound, ha="right", va="bottom", fontsize=8)
+    middle.set(ylabel="seconds a step (estimate)", title="time", xticks=[], xlim=(-0.5, 1.6))
+    names = [f"{c['op']}\nover {c['axis']}" for c in plan.collectives[:6]][::-1]
+    sent = [c["bytes"] / 1e9 for c in plan.collectives[:6]][::-1]
+    right.barh(names, sent, color=GREYS[2], edgecolor="black")
+    right.tick_params(axis="y", labelsize=8)
+    right.set(xlabel="GB sent a chip and step", title="collectives")
+    fig.suptitle(f"{plan.preset} on {plan.topology}, remat {plan.remat}")
+    fig.tight_layout()
+    return fig
+
+
+def _stacked(ax, parts: Mapping[str, float]) -> None:
+    """One bar of parts on top of each other, with its legend."""
+    bottom = 0.0
+    for i, (name, value) in enumerate(parts.items()):
+        ax.bar(
+            0,
+            value,
+            bottom=bottom,
+            color=GREYS[i],
+            hatch=HATCHES[i],
+            edgecolor="black",
+            label=f"{name} {value:.3g}",
+        )
+        bottom += value
+    ax.legend(fontsize=8, loc="upper right")
