@@ -41,7 +41,7 @@ class Array:
 
     @property
     def nbytes(self) -> float:
-        return BYTES[self.dtype] * math.prod(self.shape)
+        return float(BYTES[self.dtype] * math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Op:
 
     @property
     def nbytes(self) -> float:
-        return sum(a.nbytes for a in self.arrays)
+        return float(sum(a.nbytes for a in self.arrays))
 
     @property
     def hbm_bytes(self) -> float:
-        return sum(a.nbytes for a in self.arrays if a.in_hbm)
+        return float(sum(a.nbytes for a in self.arrays if a.in_hbm))
 
     def called(self, key: str = "calls") -> str | None:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
@@ -203,26 +203,26 @@ def crossed_axes(members: np.ndarray, mesh: Mesh) -> str:
 class Traffic:
     """All collectives of one kind over the same axes; bytes are those that a device sends."""
 
-    count: float = 0
-    nbytes: float = 0
-    seconds: float = 0
+    count: int = 0
+    nbytes: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass
 class Cost:
     """What one run of a program costs one device."""
 
-    flops: float = 0
-    hbm_bytes: float = 0
-    seconds: float = 0  # of computing and memory, one after the other
-    product_seconds: float = 0  # of these, products
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    seconds: float = 0.0  # of computing and memory, one after the other
+    product_seconds: float = 0.0  # of these, products
     collectives: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    padded_gathers: float = 0  # bytes of all-reduces that do the work of an all-gather
+    padded_gathers: float = 0.0  # bytes of all-reduces that do the work of an all-gather
     heaviest: list[tuple[float, str, str]] = field(default_factory=list)  # seconds, op, its source
 
     @property
     def link_seconds(self) -> float:
-        return sum(t.seconds for t in self.collectives.values())
+        return float(sum(t.seconds for t in self.collectives.values()))
 
 
 class Walker:
@@ -243,7 +243,7 @@ class Walker:
         self.cost.heaviest.sort(reverse=True)
         return self.cost
 
-    def walk(self, name: str, times: float) -> None:
+    def walk(self, name: str, times: int) -> None:
         computation = self.computations[name]
         for op in computation.values():
             base = op.code.removesuffix("-start")
@@ -264,7 +264,7 @@ class Walker:
             else:
                 self.compute(op, computation, times)
 
-    def collective(self, op: Op, kind: str, computation: Computation, times: float) -> None:
+    def collective(self, op: Op, kind: str, computation: Computation, times: int) -> None:
         members = _members(op.attributes, self.mesh.size)
         axis = crossed_axes(members, self.mesh)
         if axis == "none":
@@ -290,7 +290,7 @@ class Walker:
             op = next((o for o in self.computations[op.called()].values() if o.root), None)
         return op is not None and op.code in ("dynamic-update-slice", "pad")
 
-    def _inside(self, name: str, times: float) -> tuple[float, bool]:
+    def _inside(self, name: str, times: int) -> tuple[float, bool]:
         """FLOPs of a fusion's products and whether one is ragged; its collectives are booked."""
         flops, ragged = 0.0, False
         for op in self.computations[name].values():
@@ -305,7 +305,7 @@ class Walker:
                 flops, ragged = flops + more, ragged or also
         return flops, ragged
 
-    def compute(self, op: Op, computation: Computation, times: float) -> None:
+    def compute(self, op: Op, computation: Computation, times: int) -> None:
         chip, flops = self.chip, 0.0
         ragged = '"is_ragged_dot":true' in op.attributes
         reads, written = {}, op.hbm_bytes

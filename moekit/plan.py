@@ -146,9 +146,9 @@ class Plan:
     compile_seconds: float
     host_gib: float
     estimate_kind: str = "none: the compiler stopped where memory ran out"
-    step_seconds: tuple[float, float] | None = None  # low, high
+    step_seconds: list[float] | None = None  # low, high
     split_seconds: dict[str, float] = field(default_factory=dict)  # products, memory, links
-    mfu: tuple[float, float] | None = None  # low, high
+    mfu: list[float] | None = None  # low, high
     # share of the compiled FLOPs that the model needs; the rest is computed again, padded, scores
     hardware_flops_share: float | None = None
     flops: dict[str, float] = field(default_factory=dict)  # of the step on all chips
@@ -408,7 +408,7 @@ def as_text(p: Plan) -> str:
     return "\n".join(lines + [f"{'':16} {line}" for line in p.advice])
 
 
-def _short(value: float) -> str:
+def _short(value: float | int) -> str:
     """Three digits and the power of a thousand."""
     power = min(5, int(math.log10(max(value, 1)) // 3))
     return f"{value / 1000**power:.4g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
@@ -493,7 +493,7 @@ def _known(request: Request, total: float, kinds: dict[str, float]) -> dict[str,
         "mesh": request.axes,
         "parameters": request.cfg.num_parameters().total,
         "hbm_gib_per_chip": {"total": total, **kinds},
-        "hbm_limit_gib": request.chip.hbm_gib,
+        "hbm_limit_gib": float(request.chip.hbm_gib),
         "fits": total <= request.chip.hbm_gib and bool(kinds),
     }
 
@@ -549,9 +549,9 @@ def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     return {
         "estimate_kind": "an estimate, never measured: low if links overlap with all else, high if "
         "with nothing",
-        "step_seconds": (low, high),
+        "step_seconds": [low, high],
         "split_seconds": split,
-        "mfu": (ideal / high, ideal / low),
+        "mfu": [ideal / high, ideal / low],
         "hardware_flops_share": flops["model"] / flops["compiled"],
         "flops": flops,
         "hbm_bytes": cost.hbm_bytes,

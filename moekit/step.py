@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from moekit.config import TrainConfig
 from moekit.data.pipeline import Batch
@@ -151,7 +151,7 @@ def _placed(tree, places):
     )
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> tuple[Batch, Key[Array, ""]]:
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> tuple[Batch, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of the batch and key that `Step.update` takes."""
 
     def rows(length, dtype):

@@ -466,7 +466,8 @@ class EncoderDecoder(nnx.Module):
             # T5 v1.0 shares the embedding and scales, because its rows have unit variance
             logits = on_rows(lambda x, w_vd: x @ w_vd.T, x.dtype, x, self.embedding_vd)
             return logits.astype(jnp.float32) * self.cfg.d_model**-0.5
-        return on_rows(jnp.dot, jnp.float32, x.astype(jnp.float32), self.head_dv)
+        to_logits = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        return on_rows(to_logits, x.dtype, x, self.head_dv)
 
 
 def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:

@@ -1,0 +1,133 @@
+"""Plans: FLOPs by formula against compiled programs, collectives and their axes, a real plan."""
+
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import moekit as mk
+from moekit import hlo
+from moekit.plan import CHIPS, Request, compile_in_child, ranking, step_flops, sweep
+from moekit.step import abstract_batch, compiled_step
+
+LENGTHS = {"batch": 8, "input_length": 128, "target_length": 64}
+
+
+def compiled(request, mesh):
+    model = nnx.eval_shape(lambda: mk.EncoderDecoder(request.cfg, mesh=mesh))
+    step = compiled_step(model, request.train)
+    batch = abstract_batch(request.train, mesh)
+    lowered = step.update.lower(step.params, step.rest, step.opt_state, *batch)
+    text = lowered.compile().as_text()
+    return hlo.Walker(text, mesh, CHIPS["v5p"], lambda *_: 0.0).run()
+
+
+def one_device():
+    devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    return jax.sharding.Mesh(devices, ("data", "expert", "model"))
+
+
+@pytest.mark.parametrize(
+    "name, remat",
+    [
+        ("t5-nano", "none"),
+        ("st-nano", "none"),
+        ("ec-nano", "full"),
+        ("switch-mini", "none"),
+        ("st-mini", "full"),
+        ("st-base", "full"),
+    ],
+)
+def test_flops_by_formula_equal_those_of_the_compiler(name, remat):
+    request = Request(mk.preset(name), "v5p:1x1x1", remat=remat, **LENGTHS)
+    assert compiled(request, one_device()).flops == pytest.approx(step_flops(request), rel=0.05)
+
+
+def test_collectives_of_a_step_are_those_of_the_layer_and_the_weights():
+    mesh = mk.make_mesh(data=2, expert=4)
+    request = Request(mk.preset("st-nano"), "v5e:2x4", {"data": 2, "expert": 4}, **LENGTHS)
+    cost = compiled(request, mesh)
+    counts = {key: traffic.count for key, traffic in cost.collectives.items()}
+    # two stacks of one MoE layer: two exchanges forward, two again for remat, two backward,
+    # of which remat's second is not needed
+    assert 4 * 2 <= counts["all-to-all", "expert"] <= 6 * 2
+    assert counts["all-gather", "expert"] > 0 and counts["reduce-scatter", "expert"] > 0
+    slots, width, n = 8 * 10, 64, 4  # 8 experts of 10 slots for a device's 128 encoder tokens
+    per_exchange = 4 * width * (n - 1) / n
+    sent = cost.collectives["all-to-all", "expert"].nbytes
+    assert sent % per_exchange == 0 and sent >= 4 * slots * per_exchange
+
+
+@pytest.mark.parametrize(
+    "attributes, axis",
+    [
+        ("replica_groups=mesh['data'=2,'expert'=4,'model'=1] {'expert'},", "expert"),
+        ("replica_groups=mesh['data'=2,'expert'=4,'model'=1] {'data','expert'},", "data+expert"),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", "expert"),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", "data"),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}},", "expert"),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}},", "data"),
+        ("source_target_pairs={{0,4},{4,0}}", "data"),
+        ("replica_groups={{0},{1},{2},{3}},", "none"),
+    ],
+)
+def test_the_axes_of_a_collective(attributes, axis):
+    mesh = mk.make_mesh(data=2, expert=4)
+    assert hlo.crossed_axes(hlo._members(attributes, 8), mesh) == axis
+
+
+def test_loops_count_as_often_as_they_run():
+    def loop(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    x, w = np.ones((8, 16), np.float32), np.ones((5, 16, 16), np.float32)
+    text = jax.jit(loop).lower(x, w).compile().as_text()
+    cost = hlo.Walker(text, one_device(), CHIPS["v4"], lambda *_: 0.0).run()
+    assert cost.flops == 5 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"topology": "v5q:2x4"}, "unknown chip 'v5q': did you mean"),
+        ({"topology": "v5p:2x4"}, "write chip:slice, for v5p one of 2x2x1"),
+        ({"topology": "v5e"}, "write chip:slice"),
+        ({"mesh": {"expert": 3}}, "does not fill the 8 chips"),
+        ({"mesh": {"experts": 8}}, "unknown mesh axis 'experts'"),
+        ({"batch": 12}, "use a multiple of 8"),
+        ({"remat": "all"}, "unknown remat"),
+    ],
+)
+def test_requests_that_cannot_be_planned(change, message):
+    fields = {"topology": "v5e:2x4", "mesh": {"expert": 8}, "batch": 64} | change
+    with pytest.raises(ValueError, match=message):
+        Request(mk.preset("st-nano"), **fields)
+
+
+def test_a_sweep_needs_a_slice_that_divides_the_batch():
+    with pytest.raises(ValueError, match="use a multiple of 8"):
+        sweep(mk.preset("st-nano"), "v5e:2x4", 3, 64, 32, "adafactor", "full")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_plan_for_a_slice():
+    request = Request(mk.preset("st-nano"), "v5e:2x2", {"expert": 4}, 8, 64, 32)
+    plan = compile_in_child(request)
+    found = json.loads(json.dumps(plan.to_dict()))
+    memory = found["hbm_gib_per_chip"]
+    assert found["fits"] and 0 < memory["total"] < found["hbm_limit_gib"] == 16
+    parts = sum(v for k, v in memory.items() if k != "total")
+    assert memory["total"] == pytest.approx(parts, abs=0.01)
+    assert 0 < found["step_seconds"][0] <= found["step_seconds"][1]
+    assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
+    assert found["flops"]["compiled"] == pytest.approx(found["flops"]["analytic"], rel=0.05)
+    assert {"op", "axis", "count", "bytes"} <= set(found["collectives"][0])
+    assert {c["op"] for c in found["collectives"]} >= {"all-to-all", "all-gather"}
+    assert found["compile_seconds"] > 0 and found["host_gib"] > 0
+    assert "v5e:2x2" in str(plan) and "st-nano" not in ranking([plan])
+    assert len(plan.plot().axes) == 3
+    with pytest.raises(ValueError, match="no slice v5e:3x5"):
+        compile_in_child(Request(mk.preset("t5-nano"), "v5e:3x5", {}, 15, 64, 32))
