@@ -134,7 +134,8 @@ class Plan:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.plan import Request, compile_in_child, ranking, sweep
+        from moekit.plan import Request, compile_in_child
+        from moekit.sweep import ranking, sweep
 
         lengths = (self.input_length, self.target_length)
         options = (self.batch, *lengths, self.optimizer, self.remat)

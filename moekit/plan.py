@@ -7,7 +7,6 @@ memory, collectives by the links that their devices span; the low bound of a ste
 perfectly with the rest, the high one not at all.
 """
 
-import itertools
 import json
 import math
 import os
@@ -16,43 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from moekit.chips import CHIPS, Chip, links
 from moekit.config import REMATS, ModelConfig, TrainConfig, preset
 from moekit.errors import unknown
-from moekit.moe.capacity import slots_per_expert
+from moekit.flops import step_flops
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Published peaks of a TPU chip, and how much of them work other than products reaches."""
-
-    flops: float  # bf16, a second
-    hbm_bandwidth: float  # bytes a second
-    link: float  # bytes a second, one link, one way
-    dimensions: int  # of the torus
-    wraps_from: int  # extent from which a dimension of a slice is a ring
-    clock: float
-    hbm_gib: int
-    slices: tuple[str, ...]
-    memory_efficiency: float = 0.8
-    kernel_efficiency: float = 0.75
-
-
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-_PLANES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CHIPS = {
-    "v4": Chip(275e12, 1.23e12, 45e9, 3, 4, 1.05e9, 32, _CUBES),
-    "v5e": Chip(197e12, 0.82e12, 45e9, 2, 16, 1.5e9, 16, _PLANES),
-    "v5p": Chip(459e12, 2.77e12, 90e9, 3, 4, 1.75e9, 95, _CUBES),
-    "v6e": Chip(918e12, 1.64e12, 90e9, 2, 16, 1.75e9, 32, _PLANES),
-}
 
 
 @dataclass(frozen=True)
@@ -170,61 +143,6 @@ class Plan:
         return as_text(self)
 
 
-def forward_flops(
-    cfg: ModelConfig, rows: int, length: int, target_length: int, shards: int = 1
-) -> dict[str, float]:
-    """FLOPs of all products of a forward pass: in the stacks, in the output head, and ("last") in
-    the products that end a layer.
-
-    Unlike `ModelConfig.flops_per_token` it counts attention scores, the router's logits and the
-    experts' slots, filled or not; `shards` are the devices that split the rows.
-    """
-    inner, d = cfg.num_heads * cfg.head_dim, cfg.d_model
-    sources, targets = rows * length, rows * target_length
-    stacks = last = 0.0
-    for stack, tokens, own in (
-        ("encoder", sources, length),
-        ("decoder", targets, target_length),
-    ):
-        layers, sparse = getattr(cfg, f"{stack}_layers"), cfg.moe_layers(stack)
-        stacks += layers * tokens * (8 * d * inner + 4 * own * inner)
-        if stack == "decoder":
-            stacks += layers * (4 * d * inner * (targets + sources) + 4 * length * inner * targets)
-        stacks += (layers - sparse) * tokens * 2 * cfg.ffn_parameters(cfg.d_ff)
-        extra = cfg.extra_d_ff or 0
-        stacks += sparse * tokens * 2 * (d * cfg.num_experts + cfg.ffn_parameters(extra))
-        slots = expert_slots(cfg, stack, tokens // shards) * shards if sparse else 0
-        stacks += sparse * slots * 2 * cfg.ffn_parameters(cfg.expert_d_ff or cfg.d_ff)
-        last += 2 * tokens * d * ((layers - sparse) * cfg.d_ff + sparse * extra)
-    return {"stacks": stacks, "head": 2.0 * targets * d * cfg.vocab_size, "last": last}
-
-
-def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
-    """Slots of all experts for a device's tokens in training."""
-    groups = math.ceil(tokens / cfg.group_size)
-    router = cfg.stack_router(stack)
-    choices = (getattr(router, "num_choices", 1) or 1) if cfg.capacity_counts_k else 1
-    slots = slots_per_expert(
-        math.ceil(tokens / groups),
-        cfg.num_experts,
-        cfg.capacity_factor,
-        choices=choices,
-        minimum=cfg.min_capacity,
-    )
-    return groups * cfg.num_experts * slots
-
-
-def step_flops(request: Request) -> float:
-    """FLOPs of all products of a training step, with what "full" remat computes again: every layer
-    but its last product, whose result nothing asks for. ("dots" repeats only attention scores and
-    experts, which this leaves out.)"""
-    shards = request.axes["data"] * request.axes["expert"]
-    lengths = (request.input_length, request.target_length)
-    flops = forward_flops(request.cfg, request.batch, *lengths, shards)
-    again = flops["stacks"] - flops["last"] if request.remat == "full" else 0.0
-    return 3 * (flops["stacks"] + flops["head"]) + again
-
-
 def plan(
     model: str | ModelConfig,
     topology: str,
@@ -300,76 +218,6 @@ def compile_in_child(request: Request) -> Plan:
     if "error" in answer:
         raise ValueError(answer["error"])
     return Plan(**answer)
-
-
-def sweep(cfg: ModelConfig, topology: str, *options) -> list[Plan]:
-    """Plans of other meshes and remat policies for a slice, or, if only a chip is named, of its
-    slices from small to large until the model fits; best first. `options` are the rest of
-    `Request`'s fields after mesh.
-
-    Raises:
-      ValueError: unknown names; nothing divides the batch.
-    """
-    if ":" in topology:
-        requests = list(_meshes(Request(cfg, topology, {}, *options)))
-    else:
-        requests = list(_slices(cfg, topology, *options))
-    if not requests:
-        raise ValueError(
-            f"no mesh or slice of {topology} divides a batch of {options[0]} rows and holds "
-            f"{cfg.name}: use a batch that is a multiple of the chips"
-        )
-    plans = []
-    for request in tqdm(requests, desc=f"plan {cfg.name}", unit="plan"):
-        plans.append(compile_in_child(request))
-        if ":" not in topology and plans[-1].fits:
-            break
-    return sorted(
-        plans,
-        key=lambda p: (not p.fits, -(p.mfu[1] if p.mfu else 0), p.hbm_gib_per_chip["total"]),
-    )
-
-
-def _meshes(request: Request) -> Iterator[Request]:
-    """Meshes that divide everything, with the most expert parallelism first."""
-    cfg, chips = request.cfg, request.chips
-    common = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
-    experts = [n for n in range(common, 0, -1) if common % n == 0][:2]
-    sizes = cfg.split_by_model().values()
-    models = [m for m in (1, 2, 4) if all(size % m == 0 for size in sizes)]
-    for remat, model, expert in itertools.product(("full", "dots"), models, experts):
-        if chips % (expert * model) == 0 and request.batch % (chips // model) == 0:
-            yield replace(request, mesh={"expert": expert, "model": model}, remat=remat)
-
-
-def _slices(cfg: ModelConfig, name: str, *options) -> Iterator[Request]:
-    """Slices of a chip from the smallest whose memory could hold parameters and gradients."""
-    if name not in CHIPS:
-        raise unknown("chip", name, CHIPS)
-    needed = 8 * cfg.num_parameters().total / GIB  # float32
-    for shape in CHIPS[name].slices:
-        chips = math.prod(map(int, shape.split("x")))
-        if chips * CHIPS[name].hbm_gib > needed and options[0] % chips == 0:
-            expert = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
-            yield Request(cfg, f"{name}:{shape}", {"expert": expert}, *options)
-
-
-def ranking(plans: list[Plan]) -> str:
-    """One line a plan."""
-    lines = [
-        f"{'slice':12} {'data':>5} {'expert':>6} {'model':>5} {'remat':6} {'GiB a chip':>11} fits "
-        f"{'step s':>14} {'MFU %':>12}"
-    ]
-    for p in plans:
-        axes = p.mesh
-        memory = p.hbm_gib_per_chip["total"]
-        step = "{:.2f} to {:.2f}".format(*p.step_seconds) if p.step_seconds else "-"
-        mfu = "{:.0f} to {:.0f}".format(*(100 * m for m in p.mfu)) if p.mfu else "-"
-        lines.append(
-            f"{p.topology:12} {axes['data']:5} {axes['expert']:6} {axes['model']:5} {p.remat:6} "
-            f"{memory:11.1f} {'yes' if p.fits else 'no':4} {step:>14} {mfu:>12}"
-        )
-    return "\n".join(lines)
 
 
 def as_text(p: Plan) -> str:
@@ -530,7 +378,14 @@ def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     tokens = encoder * request.input_length + decoder * request.target_length
     flops = {
         "model": 3 * request.batch * tokens,
-        "analytic": step_flops(request),
+        "analytic": step_flops(
+            request.cfg,
+            request.batch,
+            request.input_length,
+            request.target_length,
+            remat=request.remat,
+            shards=request.axes["data"] * request.axes["expert"],
+        ),
         "compiled": cost.flops * mesh.size,
     }
     ideal = flops["model"] / mesh.size / chip.flops
@@ -580,35 +435,6 @@ def _time_advice(request: Request, cost, split: dict[str, float], waits_for: str
     if waits_for == "memory":
         advice.append("most time goes to reading and writing memory: more tokens a chip help")
     return advice
-
-
-def links(mesh, chip: Chip):
-    """seconds(kind, bytes, members): how long a chip's bytes take on the links that the members of
-    a collective span.
-
-    Rings over every dimension of the torus that they cover, in both directions; an all-to-all is
-    bound by the cut through its longest dimension. One microsecond to start.
-    """
-    import numpy as np
-
-    coordinates = np.array([d.coords for d in mesh.devices.flat])
-    whole = np.ptp(coordinates, axis=0) + 1
-
-    def seconds(kind: str, nbytes: float, members) -> float:
-        extents = [len(set(column)) for column in coordinates[members].T]
-        rings = [
-            (extent, extent == size and extent >= chip.wraps_from)
-            for extent, size in zip(extents, whole, strict=True)
-            if extent > 1
-        ]
-        if kind == "collective-permute" or not rings:
-            return 1e-6 + nbytes / chip.link
-        if "all-to-all" in kind:
-            longest, ring = max(rings)
-            return 1e-6 + nbytes * longest / ((8 if ring else 4) * chip.link)
-        return 1e-6 + nbytes / (chip.link * sum(2 if ring else 1 for _, ring in rings))
-
-    return seconds
 
 
 def main() -> None:

@@ -39,6 +39,6 @@ def test_specs_use_every_mesh_axis_once_and_only_where_it_divides():
     spec = Sharding().spec
     axes = ("layers", "expert", "embed", "mlp")
     assert spec((2, 8, 64, 128), axes, mesh) == P(None, ("expert",), ("data",), ("model",))
-    assert spec((64, 128), ("embed", "mlp"), mesh) == P(("data", "expert"), ("model",))
+    assert spec((64, 128), ("embed", "mlp"), mesh) == P(("expert", "data"), ("model",))
     assert spec((63, 128), ("embed", "mlp"), mesh) == P(None, ("model",))
     assert spec((64,), (None,), mesh) == P(None)
