@@ -51,7 +51,8 @@ def layer(
     """Median milliseconds of forward + backward of one layer, float32.
 
     Variants: "dense" (the FFN of equal active FLOPs, d_ff * k wide), "capacity" (ours, by gathers),
-    "einsum" (one-hot products). Capacity counts k, so that equal shares of tokens are dropped.
+    "dropless" (ours, by blocks), "einsum" (one-hot products). Capacity counts k, so that equal
+    shares of tokens are dropped.
     """
     rows = []
     for experts, k in tqdm(shapes, desc="bench layer", unit="shape"):
@@ -79,6 +80,7 @@ def _steps(experts, k, tokens, d_model, d_ff, capacity_factor) -> dict[str, Call
     modules = {
         "dense": FFN(d_model, d_ff * k, rngs=nnx.Rngs(0)),
         "capacity": MoE(d_model, d_ff, experts, rngs=nnx.Rngs(0), **options),
+        "dropless": MoE(d_model, d_ff, experts, rngs=nnx.Rngs(0), dispatch="dropless", **options),
         "einsum": EinsumMoE(d_model, d_ff, experts, rngs=nnx.Rngs(0), **options),
     }
     return {name: _step(module, x) for name, module in modules.items()}

@@ -74,6 +74,8 @@ class Train:
     """Path of a SentencePiece model; default the preset's."""
     on_error: str = "stop"
     """What to do with malformed rows: stop or skip."""
+    mesh: str = ""
+    """Shard over all devices: axis sizes such as expert=8 or expert=4,model=2."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(steps=100, batch_tokens=8192)
     )
@@ -82,8 +84,9 @@ class Train:
     def run(self) -> tuple[object, str]:
         import moekit as mk
 
+        mesh = mk.make_mesh(**_axes(self.mesh)) if self.mesh else None
         if self.checkpoint:
-            model = mk.load(self.checkpoint)
+            model = mk.load(self.checkpoint, mesh=mesh)
         cfg = model.cfg if self.checkpoint else mk.preset(self.preset)
         if self.router:
             cfg = cfg.replace(router=self.router)
@@ -96,7 +99,7 @@ class Train:
             else mk.flan_mixture(self.mixture, on_error=self.on_error)
         )
         if not self.checkpoint:
-            model = mk.EncoderDecoder(cfg, seed=self.train.seed)
+            model = mk.EncoderDecoder(cfg, seed=self.train.seed, mesh=mesh)
         run = mk.train(model, source, self.train, workdir=self.workdir)
         last = run.metrics.rows[-1]
         text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {self.workdir}"
@@ -107,10 +110,10 @@ def _axes(text: str) -> dict[str, int]:
     """{"expert": 64} of "expert=64,model=2"."""
     axes = {}
     for part in filter(None, text.split(",")):
-        name, equals, size = part.partition("=")
-        if not equals or not size.isdigit():
-            raise ValueError(f"mesh {text!r}: write axes as expert=8,model=2")
-        axes[name.strip()] = int(size)
+        name, _, size = part.partition("=")
+        if name not in ("data", "expert", "model") or not size.isdigit():
+            raise ValueError(f"mesh {text!r}: write axes (data, expert, model) as expert=8,model=2")
+        axes[name] = int(size)
     return axes
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from moekit.errors import unknown
 from moekit.moe import routing
-from moekit.moe.layer import ACTIVATIONS
+from moekit.moe.layer import ACTIVATIONS, check_dispatch
 from moekit.moe.routing import ExpertChoice, GShard, Router, Switch, TopK
 
 DTYPES = ("float32", "bfloat16")
@@ -65,6 +65,7 @@ class ModelConfig:
     capacity_counts_k: bool = False  # flaxformer's convention; True: Mesh-TensorFlow, GShard
     min_capacity: int = 4
     group_size: int = 4096
+    dispatch: str = "capacity"  # or "dropless": every token reaches its experts
     balance_loss: float = 1e-2
     router_z_loss: float = 0.0
     allow_future_leak: bool = False  # opt-in to routers that see later tokens in the decoder
@@ -110,6 +111,7 @@ class ModelConfig:
             choices = getattr(router, "num_choices", 1) or 1
             if choices > self.num_experts:
                 raise self._bad("num_experts", f"{router} picks {choices} different experts")
+            check_dispatch(self.dispatch, router)
         router = self.decoder_router or self.router
         leaks = self.decoder_moe_layers and not getattr(router, "causal", False)
         if leaks and not self.allow_future_leak:

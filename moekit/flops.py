@@ -36,7 +36,9 @@ def forward_flops(
 
 
 def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
-    """Slots of all experts for a device's tokens in training."""
+    """Slots of all experts for a device's tokens in training; dropless: their choices."""
+    if cfg.dispatch == "dropless":
+        return tokens * cfg.stack_router(stack).num_choices
     groups = math.ceil(tokens / cfg.group_size)
     router = cfg.stack_router(stack)
     choices = (getattr(router, "num_choices", 1) or 1) if cfg.capacity_counts_k else 1

@@ -129,10 +129,14 @@ def _compiled_step(graphdef, params, rest, config: TrainConfig, mesh: Mesh | Non
         jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         for specs in (*_specs((params, rest), mesh), state_specs(opt_state, params, mesh))
     ]
+    # lets other work go on while tokens travel
+    overlap = {"xla_tpu_enable_async_all_to_all": "true"}
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     update = jax.jit(
         update,
         donate_argnums=(0, 1, 2),
         out_shardings=(*places, NamedSharding(mesh, PartitionSpec())),
+        compiler_options=overlap if on_tpu else None,
     )
     start = jax.jit(optimizer.init, out_shardings=places[2])
     return Step(start, update, *map(_placed, (params, rest, opt_state), places))

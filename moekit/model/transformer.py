@@ -222,6 +222,7 @@ def _moe(cfg: ModelConfig, stack_name: str, stack, mesh, rngs) -> MoE:
         capacity_counts_k=cfg.capacity_counts_k,
         min_capacity=cfg.min_capacity,
         group_size=cfg.group_size,
+        dispatch=cfg.dispatch,
         activation=cfg.activation,
         expert_dropout=cfg.expert_dropout,
         dtype=_dtype(cfg),

@@ -14,12 +14,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moekit.errors import unknown
+from moekit.moe import dropless
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
 from moekit.moe.parallel import Place, split_over_mesh
 from moekit.moe.routing import Router, Routing, Switch
-from moekit.sharding import ROW_AXES, check_mesh, param, placed_on, row_shards
+from moekit.sharding import AXES, ROW_AXES, check_mesh, param, placed_on, row_shards
 
 ACTIVATIONS = ("gated_gelu", "relu")
+DISPATCH = ("capacity", "dropless")
 
 
 @no_type_check  # a pytree: see Routing
@@ -192,14 +195,18 @@ class Experts(nnx.Module):
     ) -> Float[Array, "E C D"]:
         """`keep` drops hidden features: expert dropout (Fedus 2021)."""
         x = x.astype(self.dtype)
-        h = jnp.einsum("ecd,edf->ecf", x, self.wi_edf[...].astype(self.dtype))
-        if self.wg_edf is None:
-            h = jax.nn.relu(h)
-        else:
-            h = gated_gelu(jnp.einsum("ecd,edf->ecf", x, self.wg_edf[...].astype(self.dtype)), h)
+        ups = [w for w in (self.wi_edf, self.wg_edf) if w is not None]
+        h = self.activate(*(jnp.einsum("ecd,edf->ecf", x, w[...].astype(self.dtype)) for w in ups))
         if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         return jnp.einsum("ecf,efd->ecd", h, self.wo_efd[...].astype(self.dtype))
+
+    @staticmethod
+    def activate(
+        hidden: Float[Array, "*S F"], gate: Float[Array, "*S F"] | None = None
+    ) -> Float[Array, "*S F"]:
+        """Gated GELU, or ReLU where there is no gate."""
+        return jax.nn.relu(hidden) if gate is None else gated_gelu(gate, hidden)
 
     def draw(
         self,
@@ -222,6 +229,17 @@ class Experts(nnx.Module):
         return jax.vmap(jax.vmap(features))(expert, rank)
 
 
+def check_dispatch(dispatch: str, router: Router) -> None:
+    """ValueError for an unknown dispatch, and for dropless with a router that fills slots."""
+    if dispatch not in DISPATCH:
+        raise unknown("dispatch", dispatch, DISPATCH)
+    if dispatch == "dropless" and getattr(router, "num_choices", 1) is None:
+        raise ValueError(
+            f"{type(router).__name__} fills every expert's slots, so it has no dropless form: use "
+            'dispatch="capacity" or a router that lets tokens choose'
+        )
+
+
 class MoE(nnx.Module):
     """A sparse feed-forward layer, usable alone inside any nnx model.
 
@@ -233,13 +251,16 @@ class MoE(nnx.Module):
         False does not (flaxformer).
       group_size: tokens routed together; a device cuts its tokens into equal groups of at most
         this size.
+      dispatch: "capacity" gives every expert the same number of slots and drops what finds none
+        (the paper's way); "dropless" sends every token, whatever the capacity.
       mesh: experts are split over its expert axis (and over model, inside each), rows of a batch
         over data and expert.
 
     Padding neither takes slots nor enters statistics, and capacity follows the real tokens.
 
     Raises:
-      ValueError: the mesh's axes do not divide the experts or their hidden features.
+      ValueError: the mesh's axes do not divide the experts or their hidden features; a router that
+        fills slots (Expert Choice) with dropless dispatch.
     """
 
     def __init__(
@@ -254,6 +275,7 @@ class MoE(nnx.Module):
         capacity_counts_k: bool = False,
         min_capacity: int = 4,
         group_size: int = 4096,
+        dispatch: str = "capacity",
         activation: str = "gated_gelu",
         expert_dropout: float = 0.0,
         dtype=jnp.float32,
@@ -261,6 +283,7 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
+        check_dispatch(dispatch, router)
         check_mesh(mesh, "this MoE layer", experts=num_experts, d_ff=d_ff)
         with placed_on(mesh):
             self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
@@ -274,7 +297,7 @@ class MoE(nnx.Module):
                 stack=stack,
                 rngs=rngs,
             )
-        self.mesh = mesh
+        self.mesh, self.dispatch = mesh, dispatch
         self.route, self.num_experts = router, num_experts
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor or capacity_factor
@@ -321,20 +344,57 @@ class MoE(nnx.Module):
         b, length, d = x.shape
         route_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         logits, group_mask, ids = self._grouped(x, mask, token_ids)
+        drop = drop and self.dispatch == "capacity"
         routing = self._route(logits, group_mask, ids, route_key, drop, place)
         tokens = _token_routing(routing, self.num_experts, (b, length))
         stats = place.sum(layer_stats(logits, group_mask, routing), *ROW_AXES)
         # over the model axis every device computes its part of the same tokens
-        x, p = place.vary((x, plan(routing, self.num_experts)), "model")
-        slots = dispatch(_padded(x.reshape(-1, d), group_mask.size), p)
-        slots = place.to_experts(slots.reshape(self.num_experts, -1, d))
-        experts, c, _ = slots.shape
+        x = place.vary(_padded(x.reshape(-1, d), group_mask.size), "model")
+        move = self._dropless if self.dispatch == "dropless" else self._capacity
+        y = move(x, routing, dropout_key, place)[: b * length]
+        return (place.sum(y, "model").reshape(b, length, d), tokens), stats
+
+    def _capacity(self, x, routing: Routing, key, place: Place) -> Float[Array, "tokens D"]:
+        p = place.vary(plan(routing, self.num_experts), "model")
+        slots = place.to_experts(dispatch(x, p).reshape(self.num_experts, -1, x.shape[-1]))
+        experts, c, d = slots.shape
         expert = place.index("expert") * experts + jnp.arange(experts)[:, None]
         rank = place.index("data") * c + jnp.arange(c)[None]
-        keep = self.experts.draw(dropout_key, *jnp.broadcast_arrays(expert, rank), place)
-        out = place.to_tokens(self.experts(slots, keep))
-        y = combine(out.reshape(-1, d), p)[: b * length]
-        return (place.sum(y, "model").reshape(b, length, d), tokens), stats
+        keep = self.experts.draw(key, *jnp.broadcast_arrays(expert, rank), place)
+        return combine(place.to_tokens(self.experts(slots, keep)).reshape(-1, d), p)
+
+    def _dropless(self, x, routing: Routing, key, place: Place) -> Float[Array, "tokens D"]:
+        experts, weight = self.experts, routing.combine_weight.reshape(x.shape[0], -1)
+        ups = [w for w in (experts.wi_edf, experts.wg_edf) if w is not None]
+        up, down = place.vary(
+            jax.tree.map(
+                lambda w: w.astype(experts.dtype),
+                (tuple(w[...] for w in ups), experts.wo_efd[...]),
+            ),
+            *AXES,
+        )
+        shared = place.size("expert") > 1
+
+        def keep(key, choices):
+            drawn = experts.draw(key, jnp.zeros_like(choices)[None], choices[None], place)
+            return drawn[0] / (1 - experts.dropout)
+
+        how = dropless.Network(
+            act=experts.activate,
+            keep=keep,
+            block=dropless.block_size(weight.size * place.size("expert"), self.num_experts),
+            save=not shared,
+        )
+        return dropless.send(
+            x.astype(experts.dtype),
+            place.vary(weight, "model"),
+            routing,
+            self.num_experts,
+            lambda x, weight, rows: dropless.apply(how, x, weight, up, down, rows),
+            block=how.block,
+            key=key if experts.dropout else None,
+            place=place,
+        )
 
     def _grouped(self, x, mask, token_ids):
         """Router logits, mask and ids as [G, S, ..], filled up with padding."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from moekit.sharding import BATCH, ROW_AXES, gathered, rows_only, variable_spec
 
@@ -59,7 +59,26 @@ class Place:
         later, their cotangents are summed."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)
+
+        def cast(x):
+            missing = tuple(
+                axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying
+            )
+            return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+        return jax.tree.map(cast, tree)
+
+    def gather(self, rows: Shaped[Array, "rows *S"]) -> Shaped[Array, "all_rows *S"]:
+        """The rows of all devices along the expert axis."""
+        if self.mesh is None:
+            return rows
+        return jax.lax.all_gather(rows, "expert", tiled=True)
+
+    def scatter(self, rows: Float[Array, "all_rows D"]) -> Float[Array, "rows D"]:
+        """The sum over devices along the expert axis of what each has for these rows."""
+        if self.mesh is None:
+            return rows
+        return jax.lax.psum_scatter(rows, "expert", tiled=True)
 
     def sum(self, tree, *axes: str):
         return tree if self.mesh is None else jax.lax.psum(tree, axes)

@@ -75,6 +75,42 @@ def test_every_mesh_equals_one_device(route):
         assert_close(step(layer(route, make_mesh(**sizes), expert_dropout=0.2)), expected, sizes)
 
 
+@pytest.mark.parametrize("route", [Switch(), TopK(k=2), GShard(), LossFree(k=2)], ids=str)
+def test_dropless_equals_capacity_with_room_for_all_on_every_mesh(route):
+    expected = step(layer(route, capacity_factor=float(E)))
+    assert expected[0][1][1].dropped_assignments == 0
+    assert_close(step(layer(route, dispatch="dropless")), expected)
+    dropped_out = step(layer(route, dispatch="dropless", expert_dropout=0.2))
+    for sizes in MESHES[1:]:
+        sharded = layer(route, make_mesh(**sizes), dispatch="dropless", expert_dropout=0.2)
+        assert_close(step(sharded), dropped_out, sizes)
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "expert": 4}], ids=str)
+def test_rows_past_the_last_token_reach_nothing(sizes):
+    """Blocks are only partly full: what their other rows would read is poisoned."""
+    x, mask, _ = inputs()
+    moe = layer(TopK(k=2), sizes and make_mesh(**sizes), dispatch="dropless")
+    graphdef, state = nnx.split(moe)
+
+    def loss(state, x):
+        y, stats, _ = nnx.merge(graphdef, state)(x, mask)
+        return jnp.vdot(y, y) + stats.balance_loss(), y
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    clean = grad(state, jnp.where(mask[..., None], x, 0.0))
+    poisoned = grad(state, jnp.where(mask[..., None], x, jnp.nan))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), poisoned, clean)
+    assert np.isfinite(np.asarray(clean[1])).all() and np.abs(np.asarray(clean[1])).max() > 0
+
+
+def test_dropless_refuses_routers_that_fill_slots():
+    with pytest.raises(ValueError, match="ExpertChoice fills every expert's slots"):
+        layer(ExpertChoice(), dispatch="dropless")
+    with pytest.raises(ValueError, match="did you mean 'dropless'"):
+        layer(Switch(), dispatch="droples")
+
+
 def test_rows_that_do_not_divide_are_filled_up_with_padding():
     x, mask, _ = inputs()
     moe = layer(TopK(k=2), make_mesh(expert=8), capacity_factor=8.0)
