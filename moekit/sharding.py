@@ -206,7 +206,7 @@ def param(
 
     def create(key):
         if value is not None:
-            return jnp.full(shape, value)
+            return jnp.full(shape, value, jnp.float32)  # a weak type would compile step 2 anew
         if stddev is not None:
             return stddev * jax.random.normal(key, shape)
         # .87962566 is the standard deviation of a unit normal cut at 2
