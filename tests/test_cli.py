@@ -110,7 +110,7 @@ def test_bench_reports_rows_of_the_promised_form(capsys):
     rows = json.loads(out)
     assert code == 0
     assert [(r["experts"], r["k"], r["variant"]) for r in rows] == [
-        (e, k, v) for e, k in ((8, 1), (32, 2)) for v in ("dense", "capacity", "einsum")
+        (e, k, v) for e, k in ((8, 1), (32, 2)) for v in ("dense", "capacity", "dropless", "einsum")
     ]
     for row in rows:
         names = {"experts", "k", "tokens", "d_model", "d_ff", "variant", "ms", "ratio_to_dense"}

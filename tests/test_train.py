@@ -263,9 +263,12 @@ def test_every_mesh_trains_alike():
         )
     ]
     for metrics in others:
-        for name in ("loss", "grad_norm", "encoder_max_violation", "decoder_dropped"):
-            # Adafactor divides small gradients by their size, and their rounding errors with them
-            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3, atol=1e-6)
+        for name in ("encoder_max_violation", "decoder_dropped"):
+            np.testing.assert_allclose(metrics[name][1][0], expected[name][1][0], rtol=1e-6)
+        for name in ("loss", "grad_norm"):
+            # Adafactor divides small gradients by their size, and their rounding errors with them:
+            # after a step, a token may sit on the other side of a choice
+            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3)
 
 
 def test_one_program_serves_all_steps():

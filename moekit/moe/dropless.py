@@ -8,7 +8,7 @@ second loop of the same kind (custom vjp).
 
 Across devices (`Place`) tokens are gathered along the expert axis, every device adds up what its
 own experts make of them, and the sums are scattered back: an all-gather and a reduce-scatter, which
-every backend has.
+every backend has. `ragged.py` does better where a backend can.
 
 T tokens, K choices per token, E experts, N rows (choices in order, with gaps), D features, F hidden
 features, M rows in a block.
@@ -21,7 +21,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moekit.moe.parallel import Place
 from moekit.moe.routing import Routing
@@ -31,24 +31,28 @@ from moekit.moe.routing import Routing
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """Choices in order of their experts: expert e has the size[e] rows from start[e] on."""
+    """Choices in order of their experts, whose rows begin at a multiple of the block."""
 
     choice: Int[Array, "N"]  # t * K + k, T * K where there is none
-    start: Int[Array, "E"]
-    size: Int[Array, "E"]
+    id: Int[Array, "N"]  # number of the choice among those of all devices
+    size: Int[Array, "E"]  # rows of each expert
     key: Key[Array, ""] | None  # of expert dropout
-    first: Int[Array, ""]  # number of this device's choice 0 among those of all devices
 
 
 @no_type_check  # a function among its fields
 @dataclass(frozen=True)
 class Network:
-    """An expert as functions: its activation, and what expert dropout keeps of a block."""
+    """An expert as functions: its activation, and what expert dropout keeps of some rows."""
 
     act: Callable  # (hidden[, gate]) -> activation
-    keep: Callable  # (key, choices [M]) -> [M F] or None
+    keep: Callable  # (key, ids [M]) -> [M F] or None
     block: int
     save: bool  # keep the hidden features for the backward pass instead of computing them again
+
+    def activate(self, rows: Rows, ids: Int[Array, "M"], *hidden: Float[Array, "M F"]):
+        """The activation of some rows, after dropout."""
+        a = self.act(*hidden)
+        return a if rows.key is None else a * self.keep(rows.key, ids).astype(a.dtype)
 
 
 def block_size(rows: int, num_experts: int, largest: int = 128) -> int:
@@ -72,31 +76,36 @@ def order(
     expert: Int[Array, "T K"],
     rank: Int[Array, "T K"],
     size: Int[Array, "E"],
-    block: int,
-    key: Key[Array, ""] | None,
-    first: int | Int[Array, ""] = 0,
-) -> Rows:
-    """Rows for the choices with 0 <= expert < E; an expert's first row begins a block."""
+    ids: Int[Array, "TK"],
+    *,
+    block: int = 1,
+    key: Key[Array, ""] | None = None,
+) -> tuple[Int[Array, "T K"], Rows]:
+    """The row of each choice (N where it has none), and the rows.
+
+    Only choices with 0 <= expert < E get one; an expert's first row begins a block.
+    """
     choices, experts = expert.size, size.shape[0]
-    rows = -(-choices // block) * block + experts * block
+    total = -(-(choices + experts * (block - 1)) // block) * block
     blocks = -(-size // block)
     start = (jnp.cumsum(blocks) - blocks) * block
-    flat = expert.reshape(-1)
-    here = (flat >= 0) & (flat < experts)
-    row = jnp.where(here, start[jnp.clip(flat, 0, experts - 1)] + rank.reshape(-1), rows)
-    choice = jnp.full(rows, choices).at[row].set(jnp.arange(choices), mode="drop")
-    return Rows(choice, start, size, key, jnp.asarray(first))
+    here = (expert >= 0) & (expert < experts)
+    row = jnp.where(here, start[jnp.clip(expert, 0, experts - 1)] + rank, total)
+    numbers = jnp.arange(choices)
+    choice = jnp.full(total, choices).at[row.reshape(-1)].set(numbers, mode="drop")
+    return row, Rows(choice, take(ids, choice), size, key)
 
 
-def _rows(x, index):
+def take(x: Shaped[Array, "rows *S"], index: Int[Array, "N"]) -> Shaped[Array, "N *S"]:
+    """Rows of x, zeros where the index is past the end."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def _zeros(shape, dtype, like):
+def zeros(shape: tuple[int, ...], dtype, like: Array) -> Array:
     """Zeros that vary over the devices as `like` does, for a loop to start from."""
-    zeros = jnp.zeros(shape, dtype)
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    start = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(start, axes, to="varying") if axes else start
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -115,117 +124,113 @@ def apply(
     return _forward(how, x, weight, up, down, rows)[0]
 
 
-def _block(how, x, weight, rows, at):
-    """Tokens of a block, its inputs and weights, and what dropout keeps of it."""
-    choice = jax.lax.dynamic_slice_in_dim(rows.choice, at, how.block)
-    token = choice // weight.shape[1]  # T where there is none: reads zeros, adds nowhere
-    scale = _rows(weight.reshape(-1), choice)[:, None].astype(x.dtype)
-    keep = None if rows.key is None else how.keep(rows.key, rows.first + choice)
-    return choice, token, _rows(x, token), scale, keep
+def _blocks(how, x, weight, rows):
+    """How many blocks there are, and a function of their number: its first row, expert, choices,
+    tokens, their features and weights."""
+    ends = jnp.cumsum(-(-rows.size // how.block))
+    owner = jnp.sum(jnp.arange(rows.choice.size // how.block)[:, None] >= ends, 1)
+
+    def block(i):
+        choice = jax.lax.dynamic_slice_in_dim(rows.choice, i * how.block, how.block)
+        token = choice // weight.shape[1]  # T where there is none: reads zeros, adds nowhere
+        scale = take(weight.reshape(-1), choice)[:, None].astype(x.dtype)
+        return i * how.block, owner[i], choice, token, take(x, token), scale
+
+    return ends[-1], block
 
 
-def _activation(how, keep, *hidden):
-    a = how.act(*hidden)
-    return a if keep is None else a * keep.astype(a.dtype)
+def _cut(array, at, how):
+    return jax.lax.dynamic_slice_in_dim(array, at, how.block)
 
 
 def _forward(how, x, weight, up, down, rows):
+    count, block = _blocks(how, x, weight, rows)
+
+    def body(i, carry):
+        y, saved = carry
+        at, expert, _, token, xs, scale = block(i)
+        hidden = [xs @ w[expert] for w in up]
+        out = how.activate(rows, _cut(rows.id, at, how), *hidden) @ down[expert]
+        if how.save:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+            saved = [put(s, h, at) for s, h in zip(saved, hidden, strict=True)]
+        return y.at[token].add(scale * out, mode="drop"), saved
+
     stored = rows.choice.shape[0] if how.save else 0
-    saved = [_zeros((stored, w.shape[-1]), x.dtype, x) for w in up]
-
-    def expert(carry, operands):
-        up, down, start, size = operands
-
-        def body(i, carry):
-            y, saved = carry
-            at = start + i * how.block
-            _, token, xs, scale, keep = _block(how, x, weight, rows, at)
-            hidden = [xs @ w for w in up]
-            out = _activation(how, keep, *hidden) @ down
-            if how.save:
-                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-                saved = [put(s, h, at) for s, h in zip(saved, hidden, strict=True)]
-            return y.at[token].add(scale * out, mode="drop"), saved
-
-        return jax.lax.fori_loop(0, -(-size // how.block), body, carry), None
-
-    start = (_zeros(x.shape, x.dtype, x), saved)
-    (y, saved), _ = jax.lax.scan(expert, start, (up, down, rows.start, rows.size))
+    saved = [zeros((stored, w.shape[-1]), x.dtype, x) for w in up]
+    y, saved = jax.lax.fori_loop(0, count, body, (zeros(x.shape, x.dtype, x), saved))
     return y, (x, weight, up, down, rows, saved)
 
 
+def backward(how, x, weight, up, down, rows, saved, g, dup, ddown):
+    """Gradients of x and weight, and `dup` and `ddown` with the weights' gradients added."""
+    count, block = _blocks(how, x, weight, rows)
+
+    def body(i, carry):
+        dx, dweight, dup, ddown = carry
+        at, expert, choice, token, xs, scale = block(i)
+        hidden = [_cut(s, at, how) for s in saved] if how.save else [xs @ w[expert] for w in up]
+        activate = functools.partial(how.activate, rows, _cut(rows.id, at, how))
+        a, transpose = jax.vjp(activate, *hidden)
+        gs = take(g, token)
+        da = gs @ down[expert].T
+        # <expert(x), g> = <a down, g> = <a, g down^T>: the output itself is not needed
+        dweight = dweight.at[choice].set(jnp.sum(a * da, -1, dtype=jnp.float32), mode="drop")
+        dhidden = transpose(scale * da)
+        back = sum(d @ w[expert].T for d, w in zip(dhidden, up, strict=True))
+        dup = [acc.at[expert].add(xs.T @ d) for acc, d in zip(dup, dhidden, strict=True)]
+        ddown = ddown.at[expert].add((scale * a).T @ gs)
+        return dx.at[token].add(back, mode="drop"), dweight, dup, ddown
+
+    start = (zeros(x.shape, x.dtype, x), zeros((weight.size,), jnp.float32, x), [*dup], ddown)
+    dx, dweight, dup, ddown = jax.lax.fori_loop(0, count, body, start)
+    return dx, dweight.reshape(weight.shape).astype(weight.dtype), tuple(dup), ddown
+
+
 def _backward(how, residuals, g):
-    x, weight, up, down, rows, saved = residuals
-
-    def expert(carry, operands):
-        up, down, start, size = operands
-
-        def body(i, carry):
-            dx, dweight, dup, ddown = carry
-            at = start + i * how.block
-            choice, token, xs, scale, keep = _block(how, x, weight, rows, at)
-            if how.save:
-                cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=how.block)
-                hidden = [cut(s, at) for s in saved]
-            else:
-                hidden = [xs @ w for w in up]
-            a, transpose = jax.vjp(functools.partial(_activation, how, keep), *hidden)
-            gs = _rows(g, token)
-            da = gs @ down.T
-            # <expert(x), g> = <a down, g> = <a, g down^T>: the output itself is not needed
-            dscale = jnp.sum(a * da, -1, dtype=jnp.float32)
-            dweight = dweight.at[choice].set(dscale, mode="drop")
-            dhidden = transpose(scale * da)
-            dx = dx.at[token].add(
-                sum(d @ w.T for d, w in zip(dhidden, up, strict=True)), mode="drop"
-            )
-            dup = [acc + xs.T @ d for acc, d in zip(dup, dhidden, strict=True)]
-            return dx, dweight, dup, ddown + (scale * a).T @ gs
-
-        zeros = [_zeros(w.shape, w.dtype, x) for w in (*up, down)]
-        carry = (*carry, zeros[:-1], zeros[-1])
-        *carry, dup, ddown = jax.lax.fori_loop(0, -(-size // how.block), body, carry)
-        return tuple(carry), (tuple(dup), ddown)
-
-    start = (_zeros(x.shape, x.dtype, x), _zeros((weight.size,), jnp.float32, x))
-    operands = (up, down, rows.start, rows.size)
-    (dx, dweight), (dup, ddown) = jax.lax.scan(expert, start, operands)
-    return dx, dweight.reshape(weight.shape).astype(weight.dtype), dup, ddown, None
+    x, _, up, down, *_ = residuals
+    dup, ddown = jax.tree.map(lambda w: zeros(w.shape, w.dtype, x), (up, down))
+    return *backward(how, *residuals, g, dup, ddown), None
 
 
 apply.defvjp(_forward, _backward)
 
 
+def numbers(expert: Int[Array, "T K"], place: Place) -> Int[Array, "TK"]:
+    """Of this device's choices, among those of all devices."""
+    first = place.index("data", "expert") * expert.size
+    return first + jnp.arange(expert.size)
+
+
 def send(
+    how: Network,
     x: Float[Array, "T D"],
     weight: Float[Array, "T K"],
+    up: tuple[Float[Array, "E D F"], ...],
+    down: Float[Array, "E F D"],
     routing: Routing,
-    num_experts: int,
-    run: Callable,
     *,
-    block: int,
     key: Key[Array, ""] | None,
     place: Place,
 ) -> Float[Array, "T D"]:
-    """The tokens of a device through all experts of its row of the mesh.
+    """The tokens of a device through all experts of its row of the mesh; it holds E of them.
 
     Args:
-      run: (x, weight, rows) of many tokens -> what the experts that live here add to them.
-      block: rows in a block.
       key: of expert dropout.
     """
-    rank, size = queue(routing, num_experts)
+    local, n = down.shape[0], place.size("expert")
+    rank, size = queue(routing, local * n)
     expert = routing.expert_index.reshape(rank.shape)
-    first = place.index("data") * place.size("expert") * expert.size
-    if place.size("expert") == 1:
-        return run(x, weight, order(expert, rank, size, block, key, first))
-    sizes = place.gather(size[None])  # [n, E]
-    before = jnp.cumsum(sizes, 0) - sizes
-    mine = jnp.pad(before[place.index("expert")], (0, 1))  # the last: no expert
-    rank = rank + mine[expert]
-    x, weight, expert, rank = (place.gather(a) for a in (x, weight, expert, rank))
-    local = num_experts // place.size("expert")
-    begin = place.index("expert") * local
-    total = jax.lax.dynamic_slice_in_dim(sizes.sum(0), begin, local)
-    rows = order(expert - begin, rank, total, block, key, first)
-    return place.scatter(run(x, weight, rows))
+    ids = numbers(expert, place)
+    if n > 1:
+        sizes = place.gather(size[None])  # [n, E]
+        before = jnp.cumsum(sizes, 0) - sizes
+        mine = jnp.pad(before[place.index("expert")], (0, 1))  # the last: no expert
+        rank = rank + mine[expert]
+        x, weight, expert, rank, ids = map(place.gather, (x, weight, expert, rank, ids))
+        begin = place.index("expert") * local
+        size = jax.lax.dynamic_slice_in_dim(sizes.sum(0), begin, local)
+        expert = expert - begin
+    _, rows = order(expert, rank, size, ids, block=how.block, key=key)
+    y = apply(how, x, weight, up, down, rows)
+    return y if n == 1 else place.scatter(y)

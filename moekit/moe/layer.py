@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.errors import unknown
-from moekit.moe import dropless
+from moekit.moe import dropless, ragged
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
 from moekit.moe.parallel import Place, split_over_mesh
 from moekit.moe.routing import Router, Routing, Switch
@@ -252,7 +252,7 @@ class MoE(nnx.Module):
       group_size: tokens routed together; a device cuts its tokens into equal groups of at most
         this size.
       dispatch: "capacity" gives every expert the same number of slots and drops what finds none
-        (the paper's way); "dropless" sends every token, whatever the capacity.
+        (the paper's way); "dropless" sends every token, whatever the load.
       mesh: experts are split over its expert axis (and over model, inside each), rows of a batch
         over data and expert.
 
@@ -298,6 +298,7 @@ class MoE(nnx.Module):
                 rngs=rngs,
             )
         self.mesh, self.dispatch = mesh, dispatch
+        self.ragged = dispatch == "dropless" and ragged.suits(mesh)
         self.route, self.num_experts = router, num_experts
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor or capacity_factor
@@ -326,10 +327,11 @@ class MoE(nnx.Module):
             return y, stats, routing
 
         def local(module, rows, key):
-            return module._local(rows, key, drop, Place(self.mesh))
+            return module._local(rows, key, drop, Place(self.mesh, typed))
 
+        typed = not self.ragged
         whole = -(-b // row_shards(self.mesh)) * row_shards(self.mesh)
-        split = split_over_mesh(local, self, self.mesh, self._cast)
+        split = split_over_mesh(local, self, self.mesh, self._cast, typed=typed)
         (y, routing), stats = split(jax.tree.map(lambda a: _padded(a, whole), rows), key)
         return y[:b], stats, jax.tree.map(lambda a: a[:b], routing)
 
@@ -373,28 +375,22 @@ class MoE(nnx.Module):
             ),
             *AXES,
         )
-        shared = place.size("expert") > 1
 
-        def keep(key, choices):
-            drawn = experts.draw(key, jnp.zeros_like(choices)[None], choices[None], place)
+        def keep(key, ids):
+            drawn = experts.draw(key, jnp.zeros_like(ids)[None], ids[None], place)
             return drawn[0] / (1 - experts.dropout)
 
+        n = place.size("expert")
         how = dropless.Network(
             act=experts.activate,
             keep=keep,
-            block=dropless.block_size(weight.size * place.size("expert"), self.num_experts),
-            save=not shared,
+            block=dropless.block_size(weight.size * n, self.num_experts),
+            save=n == 1 or self.ragged,
         )
-        return dropless.send(
-            x.astype(experts.dtype),
-            place.vary(weight, "model"),
-            routing,
-            self.num_experts,
-            lambda x, weight, rows: dropless.apply(how, x, weight, up, down, rows),
-            block=how.block,
-            key=key if experts.dropout else None,
-            place=place,
-        )
+        operands = (x.astype(experts.dtype), place.vary(weight, "model"), up, down, routing)
+        options = {"key": key if experts.dropout else None, "place": place}
+        send = ragged.send if self.ragged else dropless.send
+        return send(how, *operands, **options)
 
     def _grouped(self, x, mask, token_ids):
         """Router logits, mask and ids as [G, S, ..], filled up with padding."""

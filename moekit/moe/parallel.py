@@ -11,20 +11,42 @@ E experts, C slots per expert (of all groups), D features, n devices on the expe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from moekit.sharding import BATCH, ROW_AXES, gathered, rows_only, variable_spec
+from moekit.sharding import AXES, BATCH, ROW_AXES, gathered, rows_only, variable_spec
+
+
+class Slices(NamedTuple):
+    """Pieces of a ragged all-to-all, the same number for each device (see jax.lax)."""
+
+    start: Int[Array, "pieces"]  # of each piece, here
+    size: Int[Array, "pieces"]
+    offset: Int[Array, "pieces"]  # of each piece where it arrives
+    received: Int[Array, "pieces"]  # sizes of those that arrive here
 
 
 @dataclass(frozen=True)
 class Place:
-    """One device's view of its mesh; without a mesh every operation leaves things as they are."""
+    """One device's view of its mesh; without a mesh every operation leaves things as they are.
+
+    Args:
+      typed: whether types say over which axes arrays vary (see `split_over_mesh`).
+    """
 
     mesh: Mesh | None = None
+    typed: bool = True
+
+    @property
+    def platform(self) -> str:
+        if self.mesh is None:
+            return jax.default_backend()
+        return self.mesh.devices.flat[0].platform
 
     def size(self, *axes: str) -> int:
         return 1 if self.mesh is None else jax.lax.axis_size(axes)
@@ -57,7 +79,7 @@ class Place:
     def vary(self, tree, *axes: str):
         """Mark equal copies as the start of different work along some axes: here, and nowhere
         later, their cotangents are summed."""
-        if self.mesh is None:
+        if self.mesh is None or not self.typed:
             return tree
 
         def cast(x):
@@ -80,16 +102,30 @@ class Place:
             return rows
         return jax.lax.psum_scatter(rows, "expert", tiled=True)
 
+    def exchange(
+        self, x: Shaped[Array, "sent D"], rows: int, slices: Slices
+    ) -> Shaped[Array, "received D"]:
+        """Pieces of x from every device along the expert axis, in a buffer of zeros."""
+        if self.size("expert") == 1:
+            return jnp.pad(x[:rows], ((0, max(0, rows - x.shape[0])), (0, 0)))
+        buffer = self.vary(jnp.zeros((rows, x.shape[1]), x.dtype), *AXES)
+        return jax.lax.ragged_all_to_all(x, buffer, *slices, axis_name="expert")
+
     def sum(self, tree, *axes: str):
         return tree if self.mesh is None else jax.lax.psum(tree, axes)
 
 
-def split_over_mesh(function: Callable, module: nnx.Module, mesh: Mesh, cast: Callable) -> Callable:
+def split_over_mesh(
+    function: Callable, module: nnx.Module, mesh: Mesh, cast: Callable, *, typed: bool = True
+) -> Callable:
     """function(module, rows, key) -> (rows, sums), run by every device on its share of the rows.
 
     Args:
       module: its parameters arrive whole but for the parts of the expert and model axes that split
         the work, each as cast(variable) makes it.
+      typed: jax follows over which axes every array varies, so that no cotangent is summed twice;
+        False for kernels that do not say it of their results, at the price of one more sum over
+        the model axis backward.
 
     The rows (of any arrays) must be a multiple of the mesh's row shards; sums come out equal on
     all devices.
@@ -112,5 +148,6 @@ def split_over_mesh(function: Callable, module: nnx.Module, mesh: Mesh, cast: Ca
         mesh=mesh,
         in_specs=(specs, BATCH, PartitionSpec()),
         out_specs=(BATCH, PartitionSpec()),
+        check_vma=typed,
     )
     return lambda rows, key: sharded(state, rows, key)
