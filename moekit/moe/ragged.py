@@ -31,7 +31,7 @@ from moekit.moe.routing import Routing
 TILE = (256, 1024, 1024)  # rows, and the other two sides, of the products of a kernel
 # A buffer has room for a balanced load and SPREAD / sqrt(L) of it besides: the more experts a
 # device holds, the less their sum strays.
-SPREAD = 1 / 3
+SPREAD = 1 / 4
 
 
 def suits(mesh: Mesh | None) -> bool:
