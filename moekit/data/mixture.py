@@ -1,11 +1,19 @@
 """A mixture of tasks: its rates, and the stream of prompts and token ids that training sees."""
 
+import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Int
 
-from moekit.data.tasks import Example, Prompt, Task, format_prompt
+from moekit.data.pipeline import tokenize_prompt
+from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
+from moekit.data.tokenizer import Tokenizer
+
+_WINDOW = 8192  # examples within which the mixture is shuffled
+_SMALL = 2**16  # up to so many examples a task's order is kept in memory
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class Mixture:
         lines.append(f"{'all':12} {'':32} {len(self.tasks):6} {total:9,} {1:7.2%}")
         return "\n".join(lines)
 
+    def labels(self, split: str) -> tuple[tuple[str, str], ...]:
+        """(task, cluster) of each task, for statistics."""
+        return tuple((task.name, task.cluster) for task in self.tasks)
+
     def prompts(
         self,
         *,
@@ -72,88 +84,135 @@ class Mixture:
         split: str = "train",
         shuffle: bool = True,
         repeat: bool = True,
-        fits=None,
+        fits: Callable[[Prompt], bool] | None = None,
     ):
-        """A grain dataset of prompts, each task in its own order, mixed by rate.
+        """A grain dataset of (number of the task, prompt), random access.
 
-        `fits(prompt)` decides whether a few-shot prompt may stay as long as it is; exemplars are
-        left out until it does.
+        Each task is gone through in its own order, epoch after epoch, and all are mixed by rate.
+        Without `repeat` every example comes once. `fits` decides whether a few-shot prompt may
+        stay as long as it is; exemplars are left out until it does.
         """
         import grain
 
+        def key(name: str) -> int:
+            return stable_random(seed, name).getrandbits(32)
+
         datasets = []
-        for i, (task, formats) in enumerate(zip(self.tasks, self.formats, strict=True)):
-            examples = task.examples(split)
-            dataset = grain.MapDataset.source(range(len(examples))).seed(seed * 100_003 + i)
-            dataset = dataset.shuffle() if shuffle else dataset
+        for number, task in enumerate(self.tasks):
+            size = len(task.examples(split))
+            order = _Order(number, size, key(task.name) if shuffle else None)
+            dataset = grain.MapDataset.source(range(size))
             dataset = dataset.repeat() if repeat else dataset
-            datasets.append(dataset.random_map(_Formatter(task, formats, split, fits)))
+            datasets.append(dataset.map_with_index(order))
         if not repeat:
-            return grain.MapDataset.concatenate(datasets)
-        return grain.MapDataset.mix(datasets, weights=list(self.rates.values()))
+            mixed = grain.MapDataset.concatenate(datasets)
+            mixed = mixed.shuffle(seed=key("")) if shuffle else mixed
+        else:
+            mixed = grain.MapDataset.mix(datasets, weights=list(self.rates.values()))
+            if shuffle:  # grain mixes in a fixed rhythm, with which every n-th example would beat
+                mixed = grain.experimental.WindowShuffleMapDataset(
+                    mixed, window_size=_WINDOW, seed=key("") >> 1
+                )
+        return mixed.random_map(_Formatter(self.tasks, self.formats, split, fits), seed=key(""))
 
     def sample(self, n: int, *, seed: int = 0, split: str = "train") -> list[Prompt]:
         """The first n prompts of the stream that training with this seed sees."""
         stream = self.prompts(seed=seed, split=split)
-        return [stream[i] for i in range(n)]
+        return [stream[i][1] for i in range(n)]
 
     def token_pairs(
         self,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
-        input_length,
-        target_length,
-        seed,
-        split="train",
-        shuffle=True,
-        repeat=True,
+        input_length: int,
+        target_length: int,
+        seed: int,
+        split: str = "train",
+        shuffle: bool = True,
+        repeat: bool = True,
     ):
-        """Prompts as a grain dataset of {"inputs", "targets"} token ids."""
-        from moekit.data.pipeline import tokenize_prompt
-
+        """Prompts as a grain dataset of token ids: the dicts of `tokenize_prompt` with "task", the
+        number of the example's label."""
         lengths = {"input_length": input_length, "target_length": target_length}
 
         def fits(prompt: Prompt) -> bool:
             return len(tokenizer.encode(prompt.input)) < input_length
 
+        def tokenize(drawn: tuple[int, Prompt]) -> dict:
+            return tokenize_prompt(drawn[1], tokenizer, **lengths) | {"task": drawn[0]}
+
         prompts = self.prompts(seed=seed, split=split, shuffle=shuffle, repeat=repeat, fits=fits)
-        if not repeat and shuffle:
-            prompts = prompts.seed(seed).shuffle()
-        return prompts.map(lambda prompt: tokenize_prompt(prompt, tokenizer, **lengths))
+        return prompts.map(tokenize)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The k-th draw of a task to its number and an example's: each once an epoch."""
+
+    task: int
+    size: int
+    seed: int | None
+
+    def __call__(self, k: int, _) -> tuple[int, int]:
+        epoch, i = divmod(k, self.size)
+        if self.seed is None:
+            return self.task, i
+        if self.size <= _SMALL:
+            return self.task, int(_permutation(self.seed, epoch, self.size)[i])
+        from grain.experimental import index_shuffle
+
+        # needs no memory, but walks through 2^16 numbers: slow for small tasks
+        seed = (self.seed + epoch) % 2**32
+        return self.task, index_shuffle(i, max_index=self.size - 1, seed=seed, rounds=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
+    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class _Formatter:
-    """An example's index and a generator to a prompt."""
+    """Numbers of a task and of its example, and a generator, to the task's number and a prompt."""
 
-    task: Task
-    formats: Formats
+    tasks: tuple[Task, ...]
+    formats: tuple[Formats, ...]
     split: str
-    fits: object
+    fits: Callable[[Prompt], bool] | None
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Prompt:
-        example = self.task.examples(self.split)[index]
-        inverted = bool(self.task.inverted) and rng.random() < self.formats.inverted
-        thought = bool(example.rationale) and rng.random() < self.formats.chain_of_thought
+    def __reduce__(self):
+        """For worker processes: with the examples in place of the closures that load them."""
+        tasks = []
+        for task in self.tasks:
+            examples = {name: task.examples(name) for name in {self.split, "train"}}
+            tasks.append(replace(task, load=examples.__getitem__))
+        return _Formatter, (tuple(tasks), self.formats, self.split, self.fits)
+
+    def __call__(self, where: tuple[int, int], rng: np.random.Generator) -> tuple[int, Prompt]:
+        task, formats = self.tasks[where[0]], self.formats[where[0]]
+        example = task.examples(self.split)[where[1]]
+        inverted = bool(task.inverted) and rng.random() < formats.inverted
+        thought = bool(example.rationale) and rng.random() < formats.chain_of_thought
         kwargs = {
             "template": int(rng.integers(1000)),
             "style": int(rng.integers(1000)),
-            "options": rng.random() >= self.formats.no_options,
+            "options": rng.random() >= formats.no_options,
             "inverted": inverted,
             "chain_of_thought": thought and not inverted,
         }
-        shots = self._shots(example, rng, thought)
+        shots = _shots(task, formats, example, rng, thought)
         while True:
-            prompt = format_prompt(self.task, example, shots=shots, **kwargs)
+            prompt = format_prompt(task, example, shots=shots, **kwargs)
             if not shots or self.fits is None or self.fits(prompt):
-                return prompt
+                return where[0], prompt
             shots = shots[1:]
 
-    def _shots(self, example: Example, rng: np.random.Generator, thought: bool) -> list[Example]:
-        if rng.random() >= self.formats.few_shot:
-            return []
-        pool = self.task.examples("train")
-        wanted = int(rng.integers(1, self.formats.max_shots + 1))
-        drawn = rng.choice(len(pool), min(wanted + 1, len(pool)), replace=False)
-        others = (pool[i] for i in drawn if pool[i].id != example.id)
-        return [shot for shot in others if shot.rationale or not thought][:wanted]
+
+def _shots(task, formats, example, rng: np.random.Generator, thought: bool) -> list[Example]:
+    if rng.random() >= formats.few_shot:
+        return []
+    pool = task.examples("train")
+    wanted = int(rng.integers(1, formats.max_shots + 1))
+    drawn = rng.choice(len(pool), min(wanted + 1, len(pool)), replace=False)
+    others = (pool[int(i)] for i in drawn)
+    return [o for o in others if o.id != example.id and (o.rationale or not thought)][:wanted]
