@@ -80,12 +80,11 @@ def _epoch(stream: Stream, examples: int) -> tuple[Counts, list[float], float]:
     stream.take_counts()
     counts, memory, start = stream.take_counts(), [_rss_mib()], time.perf_counter()
     with tqdm(total=examples, desc="bench input", unit="example") as bar:
-        while bar.n < examples:
+        while (done := counts.row()["examples"]) < examples:
             next(stream)
-            new = stream.take_counts()
-            counts += new
-            bar.update(new.row()["examples"])
-            if bar.n >= examples * len(memory) / 10:
+            counts += stream.take_counts()
+            bar.update(counts.row()["examples"] - done)
+            if done >= examples * len(memory) / 10:
                 memory.append(_rss_mib())
     return counts, memory, time.perf_counter() - start
 

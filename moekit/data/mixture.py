@@ -133,16 +133,26 @@ class Mixture:
     ):
         """Prompts as a grain dataset of token ids: the dicts of `tokenize_prompt` with "task", the
         number of the example's label."""
-        lengths = {"input_length": input_length, "target_length": target_length}
+        tokenize = _Tokenize(tokenizer, input_length, target_length)
+        order = {"seed": seed, "split": split, "shuffle": shuffle, "repeat": repeat}
+        return self.prompts(**order, fits=tokenize.fits).map(tokenize)
 
-        def fits(prompt: Prompt) -> bool:
-            return len(tokenizer.encode(prompt.input)) < input_length
 
-        def tokenize(drawn: tuple[int, Prompt]) -> dict:
-            return tokenize_prompt(drawn[1], tokenizer, **lengths) | {"task": drawn[0]}
+# classes, not closures: worker processes get them pickled
+@dataclass(frozen=True)
+class _Tokenize:
+    """A task's number and a prompt to token ids."""
 
-        prompts = self.prompts(seed=seed, split=split, shuffle=shuffle, repeat=repeat, fits=fits)
-        return prompts.map(tokenize)
+    tokenizer: Tokenizer
+    input_length: int
+    target_length: int
+
+    def fits(self, prompt: Prompt) -> bool:
+        return len(self.tokenizer.encode(prompt.input)) < self.input_length
+
+    def __call__(self, drawn: tuple[int, Prompt]) -> dict:
+        lengths = {"input_length": self.input_length, "target_length": self.target_length}
+        return tokenize_prompt(drawn[1], self.tokenizer, **lengths) | {"task": drawn[0]}
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def propose_lengths(
 def _packed(sizes: Int[np.ndarray, "examples 2"], limits: tuple[int, int]) -> Lengths:
     packer, rows = Packer(limits), []
     cut = float((sizes >= limits).any(1).mean())
-    fitting = np.minimum(sizes, limits).tolist()
+    fitting = list(map(tuple, np.minimum(sizes, limits).tolist()))
     for start in range(0, len(fitting), WINDOW):
         packer.take((pair, pair) for pair in fitting[start : start + WINDOW])
         while closed := packer.pack():

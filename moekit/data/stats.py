@@ -29,7 +29,7 @@ class Counts:
         table = self.table + other.table
         return Counts(self.labels, self.limits, self.rows + other.rows, table)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, int | float]:
         """Totals: examples, cut examples, shares of the slots that hold real tokens."""
         examples, inputs, targets, cut, lost = self.table.sum(0).tolist()
         fills = [
