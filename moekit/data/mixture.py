@@ -1,19 +1,16 @@
 """A mixture of tasks: its rates, and the stream of prompts and token ids that training sees."""
 
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int
 
-from moekit.data.pipeline import tokenize_prompt
+from moekit.data.pipeline import shuffled, tokenize_prompt
 from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
 from moekit.data.tokenizer import Tokenizer
 
 _WINDOW = 8192  # examples within which the mixture is shuffled
-_SMALL = 2**16  # up to so many examples a task's order is kept in memory
 
 
 @dataclass(frozen=True)
@@ -164,21 +161,9 @@ class _Order:
     seed: int | None
 
     def __call__(self, k: int, _) -> tuple[int, int]:
-        epoch, i = divmod(k, self.size)
         if self.seed is None:
-            return self.task, i
-        if self.size <= _SMALL:
-            return self.task, int(_permutation(self.seed, epoch, self.size)[i])
-        from grain.experimental import index_shuffle
-
-        # needs no memory, but walks through 2^16 numbers: slow for small tasks
-        seed = (self.seed + epoch) % 2**32
-        return self.task, index_shuffle(i, max_index=self.size - 1, seed=seed, rounds=4)
-
-
-@functools.lru_cache(maxsize=4096)
-def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
-    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+            return self.task, k % self.size
+        return self.task, shuffled(k, size=self.size, seed=self.seed)
 
 
 @dataclass(frozen=True)

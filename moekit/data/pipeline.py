@@ -6,6 +6,7 @@ number of processes: by definition its rows come in equal parts from S = gcd(B, 
 Shard s packs the examples s, s + S, .. of the source, and a process reads the shards of its rows.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int
 
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, Tokenizer
+
+_SMALL = 2**13  # up to so many examples, their order is kept in memory
 
 
 @no_type_check  # a pytree: tree.map rebuilds it around leaves of any shape
@@ -75,6 +78,24 @@ def batches(
     limits, own = (input_length, target_length), shards // processes
     plan = Plan(pairs, limits, len(labels), shards, batch_size // shards)
     return Stream(plan, labels, range(process * own, (process + 1) * own), workers)
+
+
+def shuffled(k: int, _=None, *, size: int, seed: int) -> int:
+    """The k-th of endless draws from so many examples: each once an epoch, in an order of its own.
+
+    grain's shuffle needs no memory but walks through 2^16 numbers: slow for few examples.
+    """
+    epoch, i = divmod(k, size)
+    if size <= _SMALL:
+        return int(_permutation(seed % 2**32, epoch, size)[i])
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(i, max_index=size - 1, seed=(seed + epoch) % 2**32, rounds=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
+    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
 
 
 def tokenize_prompt(

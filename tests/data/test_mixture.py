@@ -51,7 +51,7 @@ def test_every_example_once_an_epoch_in_a_new_order():
         counts = Counter(ids[f"t{number}"])
         epochs = len(ids[f"t{number}"]) / size
         assert all(abs(n - epochs) <= 1 + epochs for n in counts.values())
-    for size in (5, 1000, 2**16 + 1):
+    for size in (5, 1000, 2**13 + 1):
         order = _Order(3, size, seed=9)
         epochs = [[order(k + e * size, None)[1] for k in range(min(size, 2000))] for e in (0, 1)]
         assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
