@@ -42,7 +42,7 @@ def unigram(mixture: Mixture, vocab_size: int = 8192) -> Tokenizer:
 
 
 def input_pipeline(
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path = "",
     *,
     input_length: int = 512,
     target_length: int = 128,

@@ -97,6 +97,8 @@ class Mixture:
         datasets = []
         for number, task in enumerate(self.tasks):
             size = len(task.examples(split))
+            if not size and repeat:
+                raise ValueError(f"task {task.name} has no examples in split {split!r}")
             order = _Order(number, size, key(task.name) if shuffle else None)
             dataset = grain.MapDataset.source(range(size))
             dataset = dataset.repeat() if repeat else dataset

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ class _Rows(grain.IterDataset):
 
     def __init__(self, plan: Plan, shards: Sequence[int], states: Mapping[str, str]):
         super().__init__()
-        self.plan, self.shards, self.states = plan, shards, states
+        self.plan, self.shards, self.states = plan, shards, dict(states)
 
     def __iter__(self):
         return _RowsIterator(self)
@@ -116,14 +117,16 @@ class Stream:
 
     def __init__(self, plan: Plan, labels, own: range, workers: int):
         self._plan, self._labels, self._workers = plan, labels, workers
-        self._own, self._states, self._readers = own, {}, None
+        self._own, self._states, self._readers = own, {}, []
+        weakref.finalize(self, _close, self._readers)  # while the interpreter still stands
         self._rows, self._table = 0, np.zeros((plan.labels, Counts.COLUMNS), np.int64)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        self._readers = self._readers or self._open()
+        if not self._readers:
+            self._readers += self._open()
         parts = [next(reader, None) for reader in self._readers]
         if not any(parts):
             raise StopIteration
@@ -167,11 +170,13 @@ class Stream:
 
     def close(self) -> None:
         """Stop what reads ahead."""
-        for reader in self._readers or ():
-            reader.close()
-        self._readers = None
+        _close(self._readers)
 
-    __del__ = close
+
+def _close(readers: list) -> None:
+    for reader in readers:
+        reader.close()
+    readers.clear()
 
 
 def _leave_signals(*_) -> None:
