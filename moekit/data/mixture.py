@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -99,10 +100,12 @@ class Mixture:
             size = len(task.examples(split))
             if not size and repeat:
                 raise ValueError(f"task {task.name} has no examples in split {split!r}")
-            order = _Order(number, size, key(task.name) if shuffle else None)
             dataset = grain.MapDataset.source(range(size))
             dataset = dataset.repeat() if repeat else dataset
-            datasets.append(dataset.map_with_index(order))
+            if shuffle:
+                order = partial(shuffled, size=size, seed=key(task.name))
+                dataset = dataset.map_with_index(order)
+            datasets.append(dataset.map(partial(_pair, number)))
         if not repeat:
             mixed = grain.MapDataset.concatenate(datasets)
             mixed = mixed.shuffle(seed=key("")) if shuffle else mixed
@@ -154,18 +157,8 @@ class _Tokenize:
         return tokenize_prompt(drawn[1], self.tokenizer, **lengths) | {"task": drawn[0]}
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The k-th draw of a task to its number and an example's: each once an epoch."""
-
-    task: int
-    size: int
-    seed: int | None
-
-    def __call__(self, k: int, _) -> tuple[int, int]:
-        if self.seed is None:
-            return self.task, k % self.size
-        return self.task, shuffled(k, size=self.size, seed=self.seed)
+def _pair(task: int, example: int) -> tuple[int, int]:
+    return task, example
 
 
 @dataclass(frozen=True)

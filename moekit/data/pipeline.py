@@ -80,6 +80,23 @@ def batches(
     return Stream(plan, labels, range(process * own, (process + 1) * own), workers)
 
 
+def stack(rows: Sequence[Sequence[Mapping]], limits: tuple[int, int]) -> Batch:
+    """Rows of packed examples, filled up with padding."""
+    sides = []
+    for name, length in zip(("inputs", "targets"), limits, strict=True):
+        ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, pair in enumerate(row, 1):
+                end = start + len(pair[name])
+                ids[r, start:end] = pair[name]
+                segments[r, start:end] = number
+                positions[r, start:end] = np.arange(end - start)
+                start = end
+        sides += [ids, segments, positions]
+    return Batch(*sides, loss_weights=(sides[4] > 0).astype(np.float32))
+
+
 def shuffled(k: int, _=None, *, size: int, seed: int) -> int:
     """The k-th of endless draws from so many examples: each once an epoch, in an order of its own.
 
@@ -146,18 +163,7 @@ def pad_pairs(
     target_length: int,
 ) -> Batch:
     """One pair of token ids {"inputs", "targets"} a row, filled up with padding."""
-    inputs = _rectangle([pair["inputs"] for pair in pairs], input_length)
-    targets = _rectangle([pair["targets"] for pair in pairs], target_length)
-    return Batch(*inputs, *targets, loss_weights=targets[1].astype(np.float32))
-
-
-def _rectangle(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, ...]:
-    ids = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows])[:, None]
-    segments = (np.arange(length) < lengths).astype(np.int32)
-    return ids, segments, np.arange(length, dtype=np.int32) * segments
+    return stack([[pair] for pair in pairs], (input_length, target_length))
 
 
 def unigram_entropy(stream: Iterable[Batch], vocab_size: int) -> float:
