@@ -88,7 +88,7 @@ class Describe:
     """Suites that will be asked, such as mmlu,bbh: tasks that overlap are left out."""
     tokenizer: str = ""
     """Path of a SentencePiece model that counts tokens; default bytes."""
-    tokens: float = 0
+    tokens: int = 0
     """Tokens of the run (steps x tokens of a batch) that repeats are told for; default an epoch."""
     limit: int = 0
     """Stream so many rows of each hub set instead of downloading all."""

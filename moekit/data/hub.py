@@ -26,7 +26,7 @@ _TABLE = tomllib.loads(files("moekit.data").joinpath("hub.toml").read_text("utf-
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps every public data set as parquet files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A data set of the hub; hub.toml explains the fields. A ready-made one has no `config`."""
 
@@ -179,7 +179,7 @@ def open_table(each: Source, split: str = "train", root: Path | None = None, lim
         raise _out_of_reach(each.path, error) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Raw:
     """Examples of a raw set; without validation rows of its own, one training row in 20 is one."""
 
@@ -241,7 +241,7 @@ def _ready(group: str, root: Path | None, limit: int) -> tuple[Any, dict[str, np
     return found, by_task(found.data.column("task_name"), usable)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ready:
     """One task's rows of a ready-made set; one in 20 validates."""
 

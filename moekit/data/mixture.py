@@ -68,7 +68,7 @@ class Mixture:
             sha.update(repr(facts).encode())
         return sha.hexdigest()[:12]
 
-    def describe(self, tokenizer=None, tokens: float = 0) -> "Overview":
+    def describe(self, tokenizer=None, tokens: int = 0) -> "Overview":
         """What a training run will see: tasks, clusters, examples, rates after caps, tokens, and
         how often each task repeats; print it or `.plot()` it.
 

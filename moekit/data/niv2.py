@@ -101,6 +101,8 @@ def _official(mirror: "Mirror", name: str, path: Path, held_out: bool) -> Task:
         raise ValueError(f"{path}: expected an object with Definition and Instances")
     if missing := {"Definition", "Instances"} - content.keys():
         raise ValueError(f"{path}: no {' and '.join(sorted(missing))}")
+    if not isinstance(content["Instances"], list):
+        raise ValueError(f"{path}: Instances is not a list")
     meta = {ours: content.get(theirs) or [] for ours, theirs in keys.items()}
     for key, value in meta.items():
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):

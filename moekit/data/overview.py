@@ -142,7 +142,7 @@ class Overview:
         return fig
 
 
-def overview(mixture: Mixture, tokenizer: Tokenizer | None = None, tokens: float = 0) -> Overview:
+def overview(mixture: Mixture, tokenizer: Tokenizer | None = None, tokens: int = 0) -> Overview:
     """Count a mixture: every task's examples, and the tokens of a sample of its prompts."""
     from tqdm import tqdm
 

@@ -12,12 +12,13 @@ Rows lie in an Arrow file on disk and become examples when they are asked for.
 import functools
 import itertools
 import logging
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -52,15 +53,16 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, i: int) -> Example:
-        n = len(self)
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        n, i = len(self), operator.index(index)
         if not -n <= i < n:
             raise IndexError(i)
         problem: Exception | None = None
         for step in range(min(n, 1000)):
             number = int(self._indices[(i + step) % n])
             try:
-                return self._make(self._table[number], number)
+                row = self._table.data.fast_slice(number, 1).to_pylist()[0]
+                return self._make(row, number)
             except ValueError as error:
                 problem, self._bad = error, self._bad + 1
                 if self._bad in (1, 100, 10_000):
@@ -151,7 +153,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="moekit-")  # gone when Python ends
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """Rows on disk, the row numbers of each task, and which rows validate."""
 
@@ -210,7 +212,7 @@ def _files(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Prompted:
     """One task's rows of some files."""
 
