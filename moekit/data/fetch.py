@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -94,8 +94,7 @@ def fetch(items: Iterable[Item], root: Path, origin: str = "") -> list[dict]:
             path = root / item.path
             if item in missing:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _bring(item, path, root, origin)
-                known[item.path] = _entry(item, path)
+                known[item.path] = _entry(_bring(item, path, root, origin), path)
                 draft = manifest.with_suffix(".part")
                 draft.write_text(json.dumps(list(known.values()), indent=1) + "\n")
                 draft.replace(manifest)
@@ -111,10 +110,12 @@ def _is_there(path: Path, item: Item, known: dict[str, dict]) -> bool:
     return entry["sha256"] == sha256(path) and item.sha256 in ("", entry["sha256"])
 
 
-def _bring(item: Item, path: Path, root: Path, origin: str) -> None:
+def _bring(item: Item, path: Path, root: Path, origin: str) -> Item:
+    """Fetch one file; returns it with the checksum that it has at its source, if that is known."""
     if origin:
-        _copy(_folder(origin) / item.repository / item.file, path)
-        return
+        there = _folder(origin) / item.repository / item.file
+        _copy(there, path)
+        return replace(item, sha256=sha256(there))
     from huggingface_hub import hf_hub_download
 
     hf_hub_download(  # it resumes by itself
@@ -124,6 +125,7 @@ def _bring(item: Item, path: Path, root: Path, origin: str) -> None:
         revision=item.revision,
         local_dir=root / "hub" / item.repository,
     )
+    return item
 
 
 def _copy(there: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ under <data folder>/hub/ (made by `moekit data fetch`) is read instead of the hu
 import functools
 import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -187,7 +187,7 @@ class _Raw:
     root: Path | None
     limit: int
 
-    def __call__(self, split: str) -> Sequence[Example]:
+    def __call__(self, split: str) -> Rows:
         each = self.source
         cut = split not in each.splits or (split == "train" and "valid" not in each.splits)
         found = open_table(each, "train" if cut else split, self.root, self.limit)

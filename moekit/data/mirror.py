@@ -52,8 +52,8 @@ def _counted(root: Path, path: Path) -> int | None:
 def _cut(examples: Sequence[Example], split: str) -> list[Example]:
     """The train or valid part of examples that are not split yet."""
     ranks = [rank(example.fields) for example in examples]
-    # of a small task at least one row validates
-    bound = max(VALID, min(ranks) if len(examples) > 1 else 0)
+    # of a small task one row validates, unless all ask the same
+    bound = max(VALID, min(ranks)) if len(set(ranks)) > 1 else -1
     return [e for e, r in zip(examples, ranks, strict=True) if (r <= bound) == (split == "valid")]
 
 

@@ -166,8 +166,8 @@ class Table:
         indices = self.tasks.get(task, np.zeros(0, np.int64))
         if split and len(indices):
             held = self.valid[indices]
-            if not held.any() and len(indices) > 1:
-                held = np.arange(len(indices)) == 0
+            if held.all() or not held.any():
+                held = (np.arange(len(indices)) == 0) & (len(indices) > 1)
             indices = indices[held == (split == "valid")]
         return Rows(self.rows, indices, _example)
 
