@@ -135,7 +135,10 @@ def _loads(root: Path, tell: Callable) -> Iterator[Callable[[], object]]:
     tasks += mirror.mmlu() if (root / "mmlu").is_dir() else []
     tasks += mirror.bbh() if (root / "bbh").is_dir() else []
     for group, folder in (("t0", "p3"), *((g, g) for g in ("flan2021", "t0", "dialog", "program"))):
-        prompted_tasks(mirror, group, folder)  # reads every row
+        try:
+            prompted_tasks(mirror, group, folder)  # reads every row
+        except ValueError as problem:
+            tell(root / folder, 0, str(problem))
     for task in tasks:
         for split in task.splits if task else ():
             yield functools.partial(_load, task, split)

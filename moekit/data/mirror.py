@@ -193,7 +193,7 @@ class Mirror:
 
     def mmlu(self) -> list[Task]:
         """One task a subject; the five development rows are the exemplars."""
-        if (self.root / "mmlu/dev").is_dir():
+        if (self.root / "mmlu/test").is_dir():
             return self._mmlu_raw()
         dev, test = "mmlu/dev.jsonl.gz", "mmlu/test.jsonl.gz"
         return [

@@ -208,7 +208,10 @@ def _files(folder: Path) -> dict[str, dict[str, list[Path]]]:
                 found[entry.name] = {split: files for split, files in splits.items() if files}
         elif is_kind(entry) and entry.suffix != ".tsv":
             kind = max((k for k in KINDS if entry.name.endswith(k)), key=len)
-            found[entry.name.removesuffix(kind)] = {"train": [entry]}
+            name = entry.name.removesuffix(kind)
+            if name in found:
+                raise ValueError(f"{entry}: {folder} has task {name} already; rename one of them")
+            found[name] = {"train": [entry]}
     return found
 
 

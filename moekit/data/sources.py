@@ -95,11 +95,14 @@ def _constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
+_DECODE = json.JSONDecoder(parse_constant=_constant).decode
+
+
 def _parse(text: str) -> Any:
     """JSON text, refused if it holds what UTF-8 cannot write (from broken bytes or escapes)."""
     try:
         text.encode()
-        value = json.loads(text, parse_constant=_constant)
+        value = _DECODE(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

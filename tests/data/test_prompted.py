@@ -154,3 +154,10 @@ def test_rows_give_way_to_the_next_usable_one(caplog):
         rows[4]
     with pytest.raises(ValueError, match="no usable rows"):
         Rows(table, np.array([1, 3]), make)[0]
+
+
+def test_two_files_of_one_task(tmp_path, put):
+    put("t0/x.jsonl", KINDS["ready"][0])
+    put("t0/x.parquet", KINDS["ready"][0])
+    with pytest.raises(ValueError, match=r"x\.parquet.* has task x already"):
+        mk.flan_mixture("flan2022", data_dir=tmp_path)
