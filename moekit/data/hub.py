@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from moekit.data.collection import cluster_of
-from moekit.data.prompted import READY, Rows, by_task
-from moekit.data.sources import VALID, BadRow, files_digest
+from moekit.data.prompted import READY
+from moekit.data.rows import Rows, by_task, every_twentieth
+from moekit.data.sources import BadRow, files_digest
 from moekit.data.tasks import Example, Task, templates
 from moekit.errors import unknown
 
@@ -193,7 +194,7 @@ class _Raw:
         found = open_table(each, "train" if cut else split, self.root, self.limit)
         numbers = np.arange(len(found))
         if cut and each.group:
-            numbers = numbers[(numbers % round(1 / VALID) == 0) == (split == "valid")]
+            numbers = every_twentieth(numbers, split)
         return Rows(found, numbers, each.example)
 
 
@@ -252,10 +253,7 @@ class _Ready:
 
     def __call__(self, split: str) -> Rows:
         found, tasks = _ready(self.group, self.root, self.limit)
-        numbers = tasks[self.task]
-        held = np.arange(len(numbers)) % round(1 / VALID) == 0
-        held &= len(numbers) > 1
-        return Rows(found, numbers[held == (split == "valid")], _ready_example)
+        return Rows(found, every_twentieth(tasks[self.task], split), _ready_example)
 
 
 def ready_tasks(group: str, root: Path | None = None, limit: int = 0) -> list[Task]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moekit.data.niv2 import MAX_LABELS, niv2_tasks
+from moekit.data.rows import cut as divide
 from moekit.data.sources import (
-    VALID,
     BadRow,
     OnError,
     check_policy,
     data_dir,
     files_digest,
-    rank,
     read,
     read_json,
     read_manifest,
@@ -49,14 +48,6 @@ def _counted(root: Path, path: Path) -> int | None:
     return rows if size == path.stat().st_size else None
 
 
-def _cut(examples: Sequence[Example], split: str) -> list[Example]:
-    """The train or valid part of examples that are not split yet."""
-    ranks = [rank(example.fields) for example in examples]
-    # of a small task one row validates, unless all ask the same
-    bound = max(VALID, min(ranks)) if len(set(ranks)) > 1 else -1
-    return [e for e, r in zip(examples, ranks, strict=True) if (r <= bound) == (split == "valid")]
-
-
 class Mirror:
     """The tasks of a data folder, in either layout; nothing is read before it is asked for.
 
@@ -80,7 +71,7 @@ class Mirror:
         name: str,
         cluster: str,
         files: Mapping[str, Path],
-        build: Callable[[Path], list[Example]],
+        build: Callable[[Path], Sequence[Example]],
         templates: tuple,
         exemplars: Callable[[], list[Example]] | None = None,
         facts: str = "",
@@ -98,11 +89,11 @@ class Mirror:
         cut = "train" in files and "valid" not in files and not kwargs.get("held_out")
         extra = (("valid",) if cut else ()) + (("train",) if exemplars else ())
 
-        def load(split: str) -> list[Example]:
+        def load(split: str) -> Sequence[Example]:
             if split not in files and split == "train":
                 return exemplars()
             found = build(files["train" if cut and split == "valid" else split])
-            return _cut(found, split) if cut and split in ("train", "valid") else found
+            return divide(found, split) if cut and split in ("train", "valid") else found
 
         whole = "train" in files and not cut and not kwargs.get("held_out")
         size = _counted(self.root, files["train"]) if whole else None

@@ -10,18 +10,23 @@ excluded_tasks.txt of its own repository does or if it was made from MMLU, and t
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moekit.data.sources import BadRow, read_json, read_rows
+import numpy as np
+
+from moekit.data.rows import Rows, example_of, on_disk
+from moekit.data.sources import BadRow, read, read_json, read_rows
 from moekit.data.tasks import Example, Task, templates
 
 if TYPE_CHECKING:
     from moekit.data.mirror import Mirror
 
 log = logging.getLogger("moekit")
+LARGE = 2 << 20  # bytes of a file whose examples stay on disk
 MAX_LABELS = 8  # a task with at most so many distinct answers is a classification
 LABEL_ROWS = 3  # if each is seen so often in the mean
 MMLU = range(685, 738)  # numbers of the tasks that were made from MMLU; Chung 2022 removed them
@@ -145,24 +150,42 @@ class _Instances:
         answers = tuple(a.strip() for a in row["output"] if a.strip())
         if not answers:
             raise BadRow("no output text")
-        fields = {"definition": self.definition, "input": row["input"]}
         identity = str(row.get("id") or number)
-        return Example(identity, fields, answers[0], references=answers, domain=self.domain)
+        return Example(identity, {"input": row["input"]}, answers[0], answers, domain=self.domain)
 
-    def of(self, path: Path) -> list[Example]:
-        found = self.mirror.read(path, _ROW, self._make)
+    def _whole(self, example: Example, labels: tuple[str, ...] = ()) -> Example:
+        """With the definition, and the labels as options where the answer is one."""
+        fields = {"definition": self.definition, **example.fields}
+        return replace(example, fields=fields, options=labels if example.answer in labels else ())
+
+    def _from_disk(self, row: dict, number: int) -> Example:
+        return self._whole(example_of(row, number), self._labels or ())
+
+    def of(self, path: Path) -> Sequence[Example]:
+        """The examples of a file; those of a large one stay on disk."""
+        found, answers = self._read(path)
         if self._labels is None:
             same = path == self.official
-            official = found if same else self.mirror.read(self.official, _ROW, self._make)
-            answers = Counter(example.answer for example in official)
-            few = 1 < len(answers) <= MAX_LABELS and answers.total() >= LABEL_ROWS * len(answers)
-            self._labels = tuple(sorted(answers)) if few else ()
-        labels = self._labels
-        return [replace(e, options=labels) if e.answer in labels else e for e in found]
+            counts = Counter(answers if same else self._read(self.official)[1])
+            few = 1 < len(counts) <= MAX_LABELS and counts.total() >= LABEL_ROWS * len(counts)
+            self._labels = tuple(sorted(counts)) if few else ()
+        if isinstance(found, Rows):
+            return found
+        return [self._whole(example, self._labels) for example in found]
+
+    def _read(self, path: Path) -> tuple[Sequence[Example], list[str]]:
+        """Examples without definition and options, and all answers."""
+        if path.stat().st_size < LARGE:
+            found = self.mirror.read(path, _ROW, self._make)
+            return found, [example.answer for example in found]
+        rows = read(path, _ROW, self._make, on_error=self.mirror.on_error)
+        table = on_disk((example, "", "") for example in rows)
+        answers = table.data.column("answer").to_pylist()
+        return Rows(table, np.arange(len(table)), self._from_disk), answers
 
     def exemplars(self) -> list[Example]:
         """The positive examples that are well formed."""
         pairs = [(s.get("input"), s.get("output")) for s in self.shots if isinstance(s, dict)]
         pairs = [pair for pair in pairs if all(isinstance(text, str) and text for text in pair)]
         rows = [{"id": f"shot {i}", "input": a, "output": [b]} for i, (a, b) in enumerate(pairs)]
-        return [self._make(row, 0) for row in rows if row["output"][0].strip()]
+        return [self._whole(self._make(row, 0)) for row in rows if row["output"][0].strip()]

@@ -6,31 +6,26 @@ one a folder, `<task>/{train,validation,test}*.jsonl`. A row has an input and a 
 of the names below, perhaps an instruction, context, options, a rationale, a task's name. Rows that
 are prompts already stay as they are; instructions and questions get our wordings.
 
-Rows lie in an Arrow file on disk and become examples when they are asked for.
+Rows lie in an Arrow file on disk (of the folder for temporary files) and become examples when they
+are asked for.
 """
 
 import functools
-import itertools
-import logging
-import operator
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int
 
 from moekit.data.collection import cluster_of
-from moekit.data.sources import KINDS, VALID, BadRow, OnError, files_digest, is_kind, rank, read
+from moekit.data.rows import Rows, by_task, example_of, on_disk
+from moekit.data.sources import KINDS, BadRow, OnError, files_digest, is_kind, read
 from moekit.data.tasks import Example, Task, Template, templates
 
 if TYPE_CHECKING:
     from moekit.data.mirror import Mirror
 
-log = logging.getLogger("moekit")
 INSTRUCTIONS = ("instruction", "definition")
 INPUTS = ("inputs_pretokenized", "inputs", "input", "prompt", "source", "context", "passage")
 TARGETS = ("targets_pretokenized", "targets", "target", "outputs", "output", "completion")
@@ -38,51 +33,6 @@ TARGETS += ("response", "answers", "answer", "label")
 OPTIONS = ("options", "answer_choices", "choices")
 SPLITS = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}
 READY = (Template("{instruction}"),)
-
-
-class Rows(Sequence):
-    """Examples of an Arrow table, each made when it is asked for.
-
-    A row that makes no example gives way to the next one that does; how many did is logged.
-    """
-
-    def __init__(self, table: Any, indices: Int[np.ndarray, "n"], make: Callable[..., Example]):
-        self._table, self._indices, self._make = table, indices, make
-        self._bad = 0
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: SupportsIndex) -> Example:
-        n, i = len(self), operator.index(index)
-        if not -n <= i < n:
-            raise IndexError(i)
-        problem: Exception | None = None
-        for step in range(min(n, 1000)):
-            number = int(self._indices[(i + step) % n])
-            try:
-                row = self._table.data.fast_slice(number, 1).to_pylist()[0]
-                return self._make(row, number)
-            except ValueError as error:
-                problem, self._bad = error, self._bad + 1
-                if self._bad in (1, 100, 10_000):
-                    log.warning("row %d cannot be used (%s); %d so far", number, error, self._bad)
-        raise ValueError(f"no usable rows near row {number}: {problem}")
-
-
-def by_task(names: Any, usable: Any = None) -> dict[str, Int[np.ndarray, "n"]]:
-    """Row numbers of every task, given the column of their names (and which rows are usable)."""
-    import pyarrow.compute as pc
-
-    column = pc.fill_null(names, "").combine_chunks().dictionary_encode()
-    codes = column.indices.to_numpy(zero_copy_only=False)
-    order = np.argsort(codes, kind="stable")
-    if usable is not None:
-        order = order[usable[order]]
-    cuts = np.searchsorted(codes[order], np.arange(len(column.dictionary) + 1))
-    keys = column.dictionary.to_pylist()
-    found = {k: order[cuts[i] : cuts[i + 1]] for i, k in enumerate(keys)}
-    return {key: rows for key, rows in found.items() if len(rows)}
 
 
 def _text(row: dict, names: Iterable[str]) -> str:
@@ -106,8 +56,9 @@ def _targets(row: dict, options: list[str]) -> list[str]:
     raise BadRow(f"no target text under any of {', '.join(TARGETS)}")
 
 
-def prompt_row(row: dict, number: int) -> dict | None:
-    """A row of any of these kinds in one form; None for P3's wrong answers (is_correct false)."""
+def prompt_row(row: dict, number: int) -> tuple[Example, str, str] | None:
+    """A row of any of these kinds as an example, with its task's name and its kind; None for P3's
+    wrong answers (is_correct false)."""
     if row.get("is_correct") is False:
         return None
     listed = next((row[n] for n in OPTIONS if isinstance(row.get(n), list) and row[n]), [])
@@ -123,78 +74,29 @@ def prompt_row(row: dict, number: int) -> dict | None:
         kind, text = "", given
     if not text:
         raise BadRow(f"no input text under any of {', '.join((*INSTRUCTIONS, *INPUTS))}")
-    made = {
-        "kind": kind,
-        "instruction": text,
-        "context": given if question else "",
-        "answers": answers,
-        "options": list(dict.fromkeys(options)) if answers[0] in options else [],
-        "rationale": _text(row, ["rationale", "explanation"]),
-        "task": _text(row, ["task_name", "task"]),
-        "id": str(row.get("id") if row.get("id") is not None else number),
-    }
-    return made | {"valid": rank(_example(made, number).fields) < VALID}
-
-
-def _example(row: dict, number: int) -> Example:
-    fields = {name: row["instruction"] for name in ("instruction", "question")}
-    return Example(
-        id=row["id"],
-        fields=fields | {"context": row["context"]},
-        answer=row["answers"][0],
-        references=tuple(row["answers"]),
-        options=tuple(row["options"]),
-        rationale=row["rationale"],
+    context = given if question else ""
+    example = Example(
+        id=str(row["id"] if row.get("id") is not None else number),
+        fields={"instruction": text, "question": text, "context": context},
+        answer=answers[0],
+        references=tuple(answers),
+        options=tuple(dict.fromkeys(options)) if answers[0] in options else (),
+        rationale=_text(row, ["rationale", "explanation"]),
     )
-
-
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="moekit-")  # gone when Python ends
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Rows on disk, the row numbers of each task, and which rows validate."""
-
-    rows: Any
-    tasks: dict[str, Int[np.ndarray, "n"]]
-    valid: Bool[np.ndarray, "rows"]
-
-    def part(self, task: str, split: str | None) -> Rows:
-        """Examples of a task; with a split those of "train" or "valid"."""
-        indices = self.tasks.get(task, np.zeros(0, np.int64))
-        if split and len(indices):
-            held = self.valid[indices]
-            if held.all() or not held.any():
-                held = (np.arange(len(indices)) == 0) & (len(indices) > 1)
-            indices = indices[held == (split == "valid")]
-        return Rows(self.rows, indices, _example)
+    return example, _text(row, ["task_name", "task"]), kind
 
 
 @functools.lru_cache(maxsize=256)
-def _load(paths: tuple[Path, ...], stamps: tuple[int, ...], on_error: OnError) -> Table:
-    import datasets
-    import pyarrow as pa
-
-    texts = ("kind", "instruction", "context", "rationale", "task", "id")
-    schema = pa.schema([(name, pa.large_string()) for name in texts])
-    for name in ("answers", "options"):
-        schema = schema.append(pa.field(name, pa.list_(pa.string())))
-    schema = schema.append(pa.field("valid", pa.bool_()))
+def _load(paths: tuple[Path, ...], stamps: tuple[int, ...], on_error: OnError):
+    """A table of the rows of files, and the row numbers of each task."""
     rows = (row for path in paths for row in read(path, {}, prompt_row, on_error=on_error) if row)
-    arrow = f"{_scratch().name}/{len(os.listdir(_scratch().name))}.arrow"
-    with pa.OSFile(arrow, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while batch := list(itertools.islice(rows, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    found = datasets.Dataset.from_file(arrow)
-    valid = found.data.column("valid").to_numpy().astype(bool)
-    return Table(found, by_task(found.data.column("task")), valid)
+    table = on_disk(rows)
+    return table, by_task(table.data.column("task"))
 
 
-def table(paths: Sequence[Path], on_error: OnError) -> Table:
-    """The rows of files; read again if a file has changed."""
-    return _load(tuple(paths), tuple(p.stat().st_mtime_ns for p in paths), on_error)
+def _table(paths: Sequence[Path], on_error: OnError):
+    stamps = tuple(path.stat().st_mtime_ns for path in paths)  # a changed file is read again
+    return _load(tuple(paths), stamps, on_error)
 
 
 def _files(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -224,18 +126,19 @@ class _Prompted:
     on_error: OnError
 
     def __call__(self, split: str) -> Rows:
-        cut = "valid" not in self.files and split in ("train", "valid")
-        found = table(self.files["train" if cut else split], self.on_error)
-        return found.part(self.task, split if cut else None)
+        apart = "valid" in self.files or split == "test"
+        table, tasks = _table(self.files[split if apart else "train"], self.on_error)
+        rows = Rows(table, tasks.get(self.task, np.zeros(0, np.int64)), example_of)
+        return rows if apart else rows.cut(split)
 
 
 def prompted_tasks(mirror: "Mirror", group: str, folder: str) -> list[Task]:
     """The tasks of a group's folder."""
     tasks, root = [], mirror.root / folder
     for name, files in _files(root).items() if root.is_dir() else ():
-        found = table(files["train"], mirror.on_error)
-        for own, indices in found.tasks.items():
-            first = found.rows[int(indices[0])]
+        table, found = _table(files["train"], mirror.on_error)
+        for own, indices in found.items():
+            first = table[int(indices[0])]
             kind = first["kind"]
             family = "program" if (group, kind) == ("program", "dialog") else kind
             tasks.append(

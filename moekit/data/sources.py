@@ -24,7 +24,6 @@ log = logging.getLogger("moekit")
 # {field: type}; [str] is a list of texts; a name with ? may be missing or null
 Schema = Mapping[str, Any]
 OnError = str | Callable[[Path, int, str], None]  # "stop", "skip", or told of file, row, problem
-VALID = 1 / 20  # the share of rows that validates where there is no file for it
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
 TEXT_DOMAINS = {  # folder of the mirror: domain label
     "books": "books",
@@ -313,8 +312,8 @@ def read_manifest(path: Path) -> dict[str, dict]:
 
 
 def rank(fields: Mapping[str, str]) -> float:
-    """A number between 0 and 1 that depends on the question alone, in whichever file it stands.
-    Where a family has no validation file, rows below VALID are its."""
+    """A number between 0 and 1 that depends on the question alone, in whichever file it stands:
+    it decides which rows validate."""
     text = fields.get("question") or fields.get("input") or "".join(fields.values())
     sha = hashlib.sha256(re.sub(r"\W+", "", text.lower()).encode())
     return int.from_bytes(sha.digest()[:8], "big") / 2**64

@@ -213,9 +213,9 @@ def test_unusable_labels_and_missing_columns(tmp_path, put, caplog):
     # an unlabelled row gives way to the next
     answers = [e.answer for e in task.examples("train")]
     assert answers == ["yes", "cannot tell", "cannot tell"] and "answer -1" in caplog.text
-    put("hub/nyu-mll/glue/rte/train/0000.parquet", [{"label": 1}])
-    with pytest.raises(ValueError, match=r"no usable rows.*glue row 0: KeyError 'sentence1'"):
-        raw_task("rte", tmp_path).load("valid")[0]
+    put("hub/nyu-mll/glue/rte/train/0000.parquet", [{"label": 1}] * 2)
+    with pytest.raises(ValueError, match=r"no usable rows.*glue row 1: KeyError 'sentence1'"):
+        raw_task("rte", tmp_path).load("train")[0]
     (tmp_path / "hub/nyu-mll/glue/wnli/train").mkdir(parents=True)
     (tmp_path / "hub/nyu-mll/glue/wnli/train/0000.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="not readable"):

@@ -1,11 +1,19 @@
 """Task files in the official schema of NIv2, wherever they lie in a data folder."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import moekit as mk
+from moekit.data import niv2
 from moekit.data.mirror import Mirror
+from moekit.data.rows import Rows
+
+DATA = os.environ.get("MOEKIT_DATA")
 
 
 def task_file(n=30, category="Sums", **changes):
@@ -97,6 +105,56 @@ def test_an_unseen_file_is_trained_on_and_scored(tmp_path, put, at):
     assert names(valid.tasks) == ["task1_own", "task4321_new"]
 
 
+def test_a_large_file_stays_on_disk(tmp_path, put, monkeypatch):
+    labels = [{"input": f"Is {i}?", "output": ["yes" if i % 2 else "no"]} for i in range(40)]
+    put("niv2/task1_words.json", task_file())
+    put("niv2/task2_labels.json", task_file(Instances=labels))
+    small = Mirror(tmp_path).niv2("train")
+    monkeypatch.setattr(niv2, "LARGE", 0)
+    large = Mirror(tmp_path).niv2("train")
+    for one, other in zip(small, large, strict=True):
+        for split in ("valid", "train"):
+            assert isinstance(other.examples(split), Rows)
+            assert list(one.examples(split)) == list(other.examples(split))
+
+
+def test_both_layouts_give_the_same_examples(tmp_path, put):
+    content = task_file()
+    meta = {"task": "task1_x", "split": "train", "definition": "Say it again."}
+    meta |= {"categories": ["Sums"], "domains": ["Web"], "source": ["somewhere"]}
+    put("own/niv2/tasks.jsonl.gz", [meta])
+    put("own/niv2/train/task1_x.jsonl.gz", content["Instances"])
+    put("official/tasks/task1_x.json", content)
+    (own,), (official,) = (Mirror(tmp_path / at).niv2("train") for at in ("own", "official"))
+    assert (own.name, own.cluster, own.sources) == (
+        official.name,
+        official.cluster,
+        official.sources,
+    )
+    for split in ("train", "valid"):
+        assert own.examples(split) == official.examples(split)
+
+
+def test_tasks_travel_to_other_processes(tmp_path, put):
+    put("niv2/task1_x.json", task_file())
+    put("t0/rows.jsonl", [{"inputs": f"i {i}", "targets": "t"} for i in range(9)])
+    put("cot/x.jsonl", [{"question": f"q{i}", "answer": "a", "rationale": "r"} for i in range(9)])
+    code = """
+import pickle, sys, cloudpickle
+from moekit.data import niv2
+from moekit.data.flan import flan_mixture
+for niv2.LARGE in (niv2.LARGE, 0):
+    tasks = flan_mixture("flan2022", data_dir=sys.argv[1]).tasks
+    assert len(tasks) == 3
+    for task in tasks:
+        fresh = pickle.loads(cloudpickle.dumps(task))
+        assert list(fresh.examples("train")) == list(task.examples("train"))
+        used = pickle.loads(cloudpickle.dumps(task))
+        assert list(used.examples("train")) == list(task.examples("train"))
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
 def test_few_labels_need_many_rows(tmp_path, put):
     put("niv2/task1_x.json", task_file(6))  # six answers of six rows are no classification
     assert not Mirror(tmp_path).niv2("train")[0].examples("train")[0].options
@@ -127,3 +185,33 @@ def test_a_broken_file_is_named_or_left_out(tmp_path, put, caplog, content, mess
     assert "niv2/task1_good" in mixture.rates and "task2_bad" in caplog.text
     counted = [t for t in mixture.tasks if t.name == "niv2/task2_bad"]
     assert not counted or "was there" in message
+
+
+@pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
+def test_original_files_load_to_the_rows_of_their_counterparts():
+    ours, raw = Mirror(DATA), Mirror(Path(DATA) / "raw")
+    for family in ("cot", "mmlu", "bbh"):
+        counterparts = {task.name: task for task in getattr(ours, family)()}
+        for task in getattr(raw, family)():
+            theirs, own = rows_of(task), rows_of(counterparts[task.name])
+            if family == "cot":  # whole files
+                assert theirs == own
+            else:  # cut, and a quarter of ours is withheld
+                assert len(theirs) <= 60 and len(own & theirs) > 0.6 * len(theirs)
+    counterparts = {task.name: task for task in ours.niv2("train")}
+    tasks = raw.niv2("train")
+    assert len(tasks) == 3
+    for task in tasks:
+        # ours is a sample; ids tell which rows are the same
+        own, theirs = ({e.id: e for e in every(t)} for t in (counterparts[task.name], task))
+        both = own.keys() & theirs.keys()
+        assert both and all(own[i] == theirs[i] for i in both)
+        assert task.cluster == counterparts[task.name].cluster
+
+
+def every(task):
+    return [e for split in task.splits for e in task.examples(split)]
+
+
+def rows_of(task):
+    return {(e.fields["question"], e.answer) for e in every(task) if "shot" not in e.id}

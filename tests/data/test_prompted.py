@@ -7,7 +7,8 @@ import pytest
 
 import moekit as mk
 from moekit.data.mirror import Mirror
-from moekit.data.prompted import Rows, prompted_tasks
+from moekit.data.prompted import prompted_tasks
+from moekit.data.rows import Rows
 
 N = 60
 P3 = [
