@@ -1,15 +1,27 @@
 """A mixture of tasks: its rates, and the stream of prompts and token ids that training sees."""
 
+import functools
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit import __version__
 from moekit.data.pipeline import shuffled, tokenize_prompt
-from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
+from moekit.data.tasks import (
+    Example,
+    Prompt,
+    Task,
+    content_digest,
+    format_prompt,
+    stable_random,
+)
 from moekit.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moekit.data.overview import Overview
 
 _WINDOW = 8192  # examples within which the mixture is shuffled
 
@@ -34,6 +46,8 @@ class Mixture:
     weights: tuple[float, ...]
     formats: tuple[Formats, ...]
     parts: tuple[str, ...]  # the sub-mixture of each task
+    # tasks left out because they overlap with suites, and why
+    dropped: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         if not self.tasks:
@@ -53,23 +67,29 @@ class Mixture:
         return {t.name: w / total for t, w in zip(self.tasks, self.weights, strict=True)}
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name tasks, rates and formats."""
-        text = repr([sorted(self.rates.items()), self.formats])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that name tasks, data, wordings, rates, formats and version."""
+        return self._digest
 
-    def describe(self) -> str:
-        """A table of sub-mixtures and clusters: tasks, training examples, rate."""
-        groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for task, part in zip(self.tasks, self.parts, strict=True):
-            row = (task.train_size, self.rates[task.name])
-            groups.setdefault((part, task.cluster), []).append(row)
-        lines = [f"{'sub-mixture':12} {'cluster':32} {'tasks':>6} {'examples':>9} {'rate':>7}"]
-        for (part, cluster), rows in groups.items():
-            count, rate = sum(r[0] for r in rows), sum(r[1] for r in rows)
-            lines.append(f"{part:12} {cluster[:32]:32} {len(rows):6} {count:9,} {rate:7.2%}")
-        total = sum(task.train_size for task in self.tasks)
-        lines.append(f"{'all':12} {'':32} {len(self.tasks):6} {total:9,} {1:7.2%}")
-        return "\n".join(lines)
+    @functools.cached_property
+    def _digest(self) -> str:
+        sha = hashlib.sha256(__version__.encode())
+        for task, formats in zip(self.tasks, self.formats, strict=True):
+            wordings = (task.templates, task.inverted)
+            facts = (task.name, self.rates[task.name], formats, wordings, content_digest(task))
+            sha.update(repr(facts).encode())
+        return sha.hexdigest()[:12]
+
+    def describe(self, tokenizer=None, tokens: int = 0) -> "Overview":
+        """What a training run will see: tasks, clusters, examples, rates after caps, tokens, and
+        how often each task repeats; print it or `.plot()` it.
+
+        Args:
+          tokenizer: what counts tokens; default bytes.
+          tokens: length of the run, inputs and targets; default one epoch.
+        """
+        from moekit.data.overview import overview
+
+        return overview(self, tokenizer, tokens)
 
     def labels(self, split: str) -> tuple[tuple[str, str], ...]:
         """(task, cluster) of each task, for statistics."""
@@ -103,9 +123,9 @@ class Mixture:
             dataset = grain.MapDataset.source(range(size))
             dataset = dataset.repeat() if repeat else dataset
             if shuffle:
-                order = partial(shuffled, size=size, seed=key(task.name))
+                order = functools.partial(shuffled, size=size, seed=key(task.name))
                 dataset = dataset.map_with_index(order)
-            datasets.append(dataset.map(partial(_pair, number)))
+            datasets.append(dataset.map(functools.partial(_pair, number)))
         if not repeat:
             mixed = grain.MapDataset.concatenate(datasets)
             mixed = mixed.shuffle(seed=key("")) if shuffle else mixed
