@@ -29,7 +29,7 @@ import collections
 import numpy as np
 
 import moekit as mk
-from moekit.data.flan import FLAN2022
+from moekit.data.collection import FORMATS, MIXTURES
 
 FULL = False  # True with a data folder in MOEKIT_DATA: FLAN 2022's sub-mixtures
 mixture = mk.flan_mixture("flan2022" if FULL else "builtin")
@@ -79,8 +79,8 @@ for name, form in forms.items():
 # are FLAN 2022's (the public release for the shares; Chung et al. 2022, Table 23, for the caps).
 
 # %%
-for name, part in FLAN2022.items():
-    print(f"{name:10} share {part.share:4.0%}   cap {part.cap:7,}   {part.formats}")
+for name, part in MIXTURES["flan2022"].items():
+    print(f"{name:10} share {part.share:4.0%}   cap {part.cap:7,}   {FORMATS[part.groups[0]]}")
 sizes = {"tiny": 1_000, "small": 20_000, "large": 400_000, "huge": 10_000_000}
 rates = {}
 for cap in (1_000, 30_000, 10**9):

@@ -1,11 +1,12 @@
-"""From examples to batches of fixed shape: tokenize, pack, batch, resume (grain).
+"""From examples to batches of fixed shape: tokenize, pack, shard, resume.
 
-B batch, L input length, T target length. A source is anything with
-`token_pairs(tokenizer, *, input_length, target_length, seed, split, shuffle, repeat)`: a `Corpus`
-or a `Mixture`. Batch i is a function of seed, i and the source.
+B batch, L input length, T target length. A source is a `Corpus` or a `Mixture`, or anything with
+their `token_pairs` and `labels`. Batch i is a function of seed, i and the source, whatever the
+number of processes: by definition its rows come in equal parts from S = gcd(B, 64) data shards.
+Shard s packs the examples s, s + S, .. of the source, and a process reads the shards of its rows.
 """
 
-import warnings
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int
 
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, Tokenizer
+
+_SMALL = 2**13  # up to so many examples, their order is kept in memory
 
 
 @no_type_check  # a pytree: tree.map rebuilds it around leaves of any shape
@@ -45,67 +48,85 @@ def batches(
     shuffle: bool = True,
     repeat: bool = True,
     shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
 ):
-    """A grain iterator of packed `Batch`es with get_state() and set_state() for exact resume.
+    """The `Stream` of packed batches of a source.
 
-    `shard` (i, n) takes every n-th example from i. Without `repeat` it ends after one pass, the
-    last batch filled up with padding.
+    Without `repeat` it ends after one pass, filled up with empty rows.
+
+    Args:
+      batch_size: rows of the global batch.
+      shard: (i, n) is process i of n: it gets rows i * B / n to (i + 1) * B / n of every batch.
+      workers: processes that read ahead, for hosts with cores to spare; 0 is a thread. They are
+        spawned: a script needs its `if __name__ == "__main__":`, a notebook nothing.
+
+    Raises:
+      ValueError: shards cannot be divided among so many processes or workers.
     """
-    import grain
+    from moekit.data.stream import MAX_SHARDS, Plan, Stream, data_shards
 
-    pairs = source.token_pairs(
-        tokenizer,
-        input_length=input_length,
-        target_length=target_length,
-        seed=seed,
-        split=split,
-        shuffle=shuffle,
-        repeat=repeat,
-    )
-    with warnings.catch_warnings():
-        # grain warns that an infinite dataset cannot be sliced evenly; ours needs no even ends
-        warnings.simplefilter("ignore")
-        pairs = pairs[shard[0] :: shard[1]] if shard[1] > 1 else pairs
-    packed = grain.experimental.FirstFitPackIterDataset(
-        pairs.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)),
-        length_struct={"inputs": input_length, "targets": target_length},
-        num_packing_bins=max(2 * batch_size, 16),
-        seed=seed,
-        shuffle_bins=shuffle,
-    )
-    grouped = packed.batch(batch_size, batch_fn=lambda rows: _stack(rows, batch_size))
-    return iter(grouped)
+    shards, (process, processes) = data_shards(batch_size), shard
+    if shards % processes or (shards // processes) % max(1, workers):
+        raise ValueError(
+            f"a batch of {batch_size} rows is made of {shards} data shards, which {processes} "
+            f"processes of {workers} workers cannot share evenly: use numbers that divide {shards}"
+            f", or a batch size that is a multiple of {MAX_SHARDS}"
+        )
+    lengths = {"input_length": input_length, "target_length": target_length}
+    order = {"seed": seed, "split": split, "shuffle": shuffle, "repeat": repeat}
+    pairs, labels = source.token_pairs(tokenizer, **lengths, **order), source.labels(split)
+    limits, own = (input_length, target_length), shards // processes
+    plan = Plan(pairs, limits, len(labels), shards, batch_size // shards)
+    return Stream(plan, labels, range(process * own, (process + 1) * own), workers)
 
 
-def _stack(rows: Sequence[dict], batch_size: int) -> Batch:
-    """Packed rows as a Batch, filled up with empty rows."""
+def stack(rows: Sequence[Sequence[Mapping]], limits: tuple[int, int]) -> Batch:
+    """Rows of packed examples, filled up with padding."""
+    sides = []
+    for name, length in zip(("inputs", "targets"), limits, strict=True):
+        ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, pair in enumerate(row, 1):
+                end = start + len(pair[name])
+                ids[r, start:end] = pair[name]
+                segments[r, start:end] = number
+                positions[r, start:end] = np.arange(end - start)
+                start = end
+        sides += [ids, segments, positions]
+    return Batch(*sides, loss_weights=(sides[4] > 0).astype(np.float32))
 
-    def field(name: str) -> np.ndarray:
-        stacked = np.stack([row[name] for row in rows]).astype(np.int32)
-        return np.pad(stacked, ((0, batch_size - len(rows)), (0, 0)))
 
-    segments = field("targets_segment_ids")
-    return Batch(
-        inputs=field("inputs"),
-        input_segments=field("inputs_segment_ids"),
-        input_positions=field("inputs_positions"),
-        targets=field("targets"),
-        target_segments=segments,
-        target_positions=field("targets_positions"),
-        loss_weights=(segments > 0).astype(np.float32),
-    )
+def shuffled(k: int, _=None, *, size: int, seed: int) -> int:
+    """The k-th of endless draws from so many examples: each once an epoch, in an order of its own.
+
+    grain's shuffle needs no memory but walks through 2^16 numbers: slow for few examples.
+    """
+    epoch, i = divmod(k, size)
+    if size <= _SMALL:
+        return int(_permutation(seed % 2**32, epoch, size)[i])
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(i, max_index=size - 1, seed=(seed + epoch) % 2**32, rounds=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
+    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
 
 
 def tokenize_prompt(
     prompt: Prompt, tokenizer: Tokenizer, *, input_length: int, target_length: int
-) -> dict[str, Int[np.ndarray, "length"]]:
-    """Ids of a prompt. What does not fit is cut: inputs from the left, for the question stands
-    last; targets from the right. Both end with end of sequence."""
-    inputs = tokenizer.encode(prompt.input)[-(input_length - 1) :]
-    targets = tokenizer.encode(prompt.target)[: target_length - 1]
+) -> dict[str, Any]:
+    """Token ids "inputs" and "targets" of a prompt, and how many tokens were "lost". What does not
+    fit is cut: inputs from the left, for the question stands last; targets from the right. Both
+    end with end of sequence."""
+    inputs, targets = tokenizer.encode(prompt.input), tokenizer.encode(prompt.target)
+    kept = inputs[-(input_length - 1) :], targets[: target_length - 1]
     return {
-        "inputs": np.array([*inputs, EOS], np.int32),
-        "targets": np.array([*targets, EOS], np.int32),
+        "inputs": np.array([*kept[0], EOS], np.int32),
+        "targets": np.array([*kept[1], EOS], np.int32),
+        "lost": len(inputs) + len(targets) - len(kept[0]) - len(kept[1]),
     }
 
 
@@ -142,18 +163,7 @@ def pad_pairs(
     target_length: int,
 ) -> Batch:
     """One pair of token ids {"inputs", "targets"} a row, filled up with padding."""
-    inputs = _rectangle([pair["inputs"] for pair in pairs], input_length)
-    targets = _rectangle([pair["targets"] for pair in pairs], target_length)
-    return Batch(*inputs, *targets, loss_weights=targets[1].astype(np.float32))
-
-
-def _rectangle(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, ...]:
-    ids = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows])[:, None]
-    segments = (np.arange(length) < lengths).astype(np.int32)
-    return ids, segments, np.arange(length, dtype=np.int32) * segments
+    return stack([[pair] for pair in pairs], (input_length, target_length))
 
 
 def unigram_entropy(stream: Iterable[Batch], vocab_size: int) -> float:
