@@ -160,6 +160,7 @@ class Lab:
             evaluate(
                 model,
                 each,
+                shots=0,
                 limit=few if len(each.tasks) > 20 else many,
                 max_new_tokens=24,
                 options=self.config.options,

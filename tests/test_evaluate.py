@@ -92,11 +92,11 @@ def test_batches_hold_fewer_long_texts_and_split_over_the_mesh(mesh):
     lengths = [5000, 60, 3000, 61, 700, 2000, 65] * 3
     parts = [3] * 21
     groups = list(length_groups(lengths, 4096, 16, parts, mesh))
-    assert sorted(i for group in groups for i in group) == list(range(21))
+    assert sorted(i for group, _, _ in groups for i in group) == list(range(21))
     shards = 8 if mesh else 1
-    for group in groups:
-        size = bucket(max(lengths[i] for i in group), 4096)
-        rows = rows_at(size, 16, mesh)
+    for group, size, rows in groups:
+        assert size == bucket(max(lengths[i] for i in group), 4096)
+        assert rows == rows_at(size, 16, mesh)
         assert len(group) <= rows <= 16 and rows % shards == 0
         assert rows == shards or rows * size**2 <= 2**23
         assert sum(parts[i] for i in group) <= 64
@@ -170,5 +170,5 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert a == b != c
     with pytest.raises(ValueError, match="temperature is -1"):
         mk.generate(model, ["x"], temperature=-1.0)
-    with pytest.raises(ValueError, match="are 5001 tokens long, more than the 4096"):
+    with pytest.raises(ValueError, match="is 5001 tokens long, more than the 4096"):
         mk.generate(model, ["x" * 5000])
