@@ -193,12 +193,12 @@ class Eval:
 
     def _harness(self) -> tuple[dict, str]:
         import moekit as mk
-        from moekit.harness import harness, table
+        from moekit.harness import harness, make_table
 
         tasks, shots = self.harness.split(","), self.shots
         model = mk.load(self.checkpoint)
         found = harness(model, tasks, shots=shots, limit=self.limit, log_samples=False)
-        return {k: found[k] for k in ("results", "n-shot", "n-samples", "versions")}, table(found)
+        return {k: found[k] for k in ("results", "n-shot", "n-samples", "versions")}, make_table(found)
 
 
 @dataclass

@@ -23,6 +23,7 @@ try:
     import lm_eval.tasks
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.utils import make_table  # noqa: F401 (for the command line)
 except ModuleNotFoundError as error:
     raise OSError(
         f"the lm-evaluation-harness is not installed ({error}): pip install 'moekit[eval]'"
@@ -171,13 +172,3 @@ def harness(
     return lm_eval.simple_evaluate(
         MoekitLM(model), tasks=list(tasks), num_fewshot=shots, task_manager=manager, **kwargs
     )
-
-
-def table(found: dict) -> str:
-    """The harness's results as lines of task, metric and value."""
-    lines = []
-    for task, values in found["results"].items():
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                lines.append(f"{task:32} {name:28} {value:.4f}")
-    return "\n".join(lines)
