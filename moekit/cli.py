@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from moekit.config import StudyConfig, TrainConfig, preset
+from moekit.data_verbs import DATA_VERBS, Data
 from moekit.errors import unknown
 
 VERBS = ("doctor", "tour", "train", "eval", "plan", "data", "bench", "study", "figures")
@@ -198,57 +199,8 @@ class Eval:
         tasks, shots = self.harness.split(","), self.shots
         model = mk.load(self.checkpoint)
         found = harness(model, tasks, shots=shots, limit=self.limit, log_samples=False)
-        return {k: found[k] for k in ("results", "n-shot", "n-samples", "versions")}, make_table(found)
-
-
-@dataclass
-class Data:
-    """Describe a mixture or a corpus and show samples."""
-
-    mixture: str = "builtin"
-    corpus: str = ""
-    task: str = ""
-    """Show this task of the mixture alone."""
-    samples: int = 3
-    seed: int = 0
-    on_error: str = "stop"
-    json: bool = False
-
-    def run(self) -> tuple[object, str]:
-        import moekit as mk
-
-        if self.corpus:
-            return self._corpus(mk.corpus(self.corpus))
-        mixture = (
-            mk.flan_mixture({self.task: 1.0}, on_error=self.on_error)
-            if self.task
-            else mk.flan_mixture(self.mixture, on_error=self.on_error)
-        )
-        prompts = mixture.sample(self.samples, seed=self.seed)
-        shown = [f"--- {p.task}\n{p.input}\n>>> {p.target}" for p in prompts]
-        found = {
-            "rates": mixture.rates,
-            "samples": [{"task": p.task, "input": p.input, "target": p.target} for p in prompts],
-        }
-        return found, "\n".join([mixture.describe(), *shown])
-
-    def _corpus(self, corpus) -> tuple[object, str]:
-        found = {}
-        for split in ("train", "valid"):
-            for document in corpus.documents(split):
-                row = found.setdefault((document.domain, split), [0, 0])
-                row[0] += 1
-                row[1] += len(document.text)
-        rows = [
-            {"domain": domain, "split": split, "documents": n, "characters": size}
-            for (domain, split), (n, size) in sorted(found.items())
-        ]
-        lines = [
-            f"{r['domain']:20} {r['split']:6} {r['documents']:7,} documents "
-            f"{r['characters']:12,} characters"
-            for r in rows
-        ]
-        return rows, "\n".join(lines)
+        kept = ("results", "n-shot", "n-samples", "versions")
+        return {name: found[name] for name in kept}, make_table(found)
 
 
 @dataclass
@@ -319,17 +271,20 @@ _COMMANDS: dict[str, Callable] = dict(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for a mistake of the user's; MOEKIT_TRACEBACK=1 shows all."""
+    """Exit code 0, 1 where a check found faults, or 2 with one line for a mistake of the user's
+    (MOEKIT_TRACEBACK=1 shows all)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
             raise unknown("verb", argv[0], VERBS)
+        if argv[:1] == ["data"] and argv[1:] and argv[1] not in (*DATA_VERBS, "-h", "--help"):
+            raise unknown("verb of data", argv[1], DATA_VERBS)
         command = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS, args=argv, prog="moekit", description=__doc__
         )
-        found, text = command.run()
+        found, text, *code = command.run()
         print(json.dumps(found, default=str) if command.json else text)
-        return 0
+        return code[0] if code else 0
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 130

@@ -242,8 +242,8 @@ def evaluate(
       max_new_tokens: default 64, or 256 for a chain of thought.
 
     Raises:
-      ValueError: a question alone is longer than the model's max_length, or a task has no
-        exemplars or no such split.
+      ValueError: a question alone is longer than the model's max_length, a task has no exemplars
+        or no such split, or there are no questions.
     """
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     suite = suite if isinstance(suite, Suite) else Suite("tasks", tuple(suite))
@@ -251,18 +251,23 @@ def evaluate(
     given["chain_of_thought"] = chain_of_thought
     suite = replace(suite, **{name: v for name, v in given.items() if v is not None})
     most = max_new_tokens or (RATIONALE if suite.chain_of_thought else ANSWER)
-    asked, dropped = [], 0
+    asked, dropped = {}, 0
     for task in tqdm(suite.tasks, desc="questions", unit="task", leave=False):
         questions, lost = _questions(task, suite, limit, seed, tokenizer, model.cfg.max_length)
-        asked.append(questions)
+        asked[task] = questions
         dropped += lost
-    everything = [q for questions in asked for q in questions]
-    answers, rows = iter(_answered(everything, suite, model, tokenizer, most)), []
-    for task, questions in zip(suite.tasks, asked, strict=True):
-        own = [next(answers) for _ in questions]
-        rows.append(_score(task, questions, own, suite))
+    empty = tuple(task.name for task, questions in asked.items() if not questions)
+    everything = [q for questions in asked.values() for q in questions]
+    if not everything:
+        raise ValueError(f"suite {suite.name} has no questions in its split {suite.split!r}")
+    answers = iter(_answered(everything, suite, model, tokenizer, most))
+    rows = [
+        _score(task, questions, [next(answers) for _ in questions], suite)
+        for task, questions in asked.items()
+        if questions
+    ]
     name = f"{model.cfg.name} on {suite.name}"
-    return Scores(name, tuple(rows), suite.shots, dropped, suite.missing)
+    return Scores(name, tuple(rows), suite.shots, dropped, suite.missing + empty)
 
 
 def evaluation_callback(suite: Suite | Sequence[Task], name: str = "score", **kwargs) -> Callable:

@@ -169,7 +169,7 @@ def generate_ids(
     run, key = _compiled(graphdef, max_new_tokens, temperature > 0), jax.random.key(seed)
     lengths, said = list(map(len, ids)), [np.zeros(0, np.int32)] * len(ids)
     groups = list(length_groups(lengths, model.cfg.max_length, batch_size, mesh=model.mesh))
-    bar = tqdm(groups, desc="generate", unit="batch", leave=False, disable=len(groups) < 2)
+    bar = tqdm(groups, desc="generate", unit="batch", leave=False)
     for number, (group, length, rows) in enumerate(bar):
         inputs, segments = input_rows([ids[i] for i in group], length, rows, model.mesh)
         noise = jax.random.fold_in(key, number)

@@ -58,8 +58,13 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["eval", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
         (["eval", "--checkpoint", "nowhere", "--suite", "builtin,bhb"], "did you mean 'bbh'"),
         (["eval", "--checkpoint", "nowhere", "--suite", "paper"], "set the environment variable"),
-        (["data", "--task", "additon"], "did you mean 'addition'"),
-        (["data", "--task", "swaps"], "held out"),
+        (["data", "describe", "--task", "additon"], "did you mean 'addition'"),
+        (["data", "describe", "--task", "swaps"], "held out"),
+        (["data", "descrbe"], "did you mean 'describe'"),
+        (["data", "fetch", "gsm9k"], "did you mean 'gsm8k'"),
+        (["data", "fetch"], "name the sources to fetch"),
+        (["data", "fetch", "gsm8k"], "could not load 'openai/gsm8k'"),
+        (["data", "check", "nowhere"], "data folder nowhere does not exist"),
         (["bench", "layers"], "did you mean 'layer'"),
         (["figures", "--results", "nowhere"], "no recorded study in nowhere"),
         (["study", "--source", "mirror"], "set the environment variable MOEKIT_DATA"),
@@ -86,22 +91,22 @@ def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch):
     row = json.dumps({"instruction": "a", "context": "", "response": "b"}) + "\n"
     file = tmp_path / "dolly/train.jsonl.gz"
     file.write_bytes(gzip.compress((row * 9 + '{"instruction": "a"}\n').encode()))
-    code, _, err = run(capsys, "data", "--mixture", "flan2022")
+    code, _, err = run(capsys, "data", "describe", "--mixture", "flan2022")
     assert code == 2 and "train.jsonl.gz:10: field 'context' is missing" in err
-    code, out, _ = run(capsys, "data", "--mixture", "flan2022", "--on-error", "skip")
+    code, out, _ = run(capsys, "data", "describe", "--mixture", "flan2022", "--on-error", "skip")
     assert code == 0 and "dolly" in out
     file.write_bytes(file.read_bytes()[:-12])
-    code, _, err = run(capsys, "data", "--mixture", "flan2022")
+    code, _, err = run(capsys, "data", "describe", "--mixture", "flan2022")
     assert code == 2 and "truncated" in err
 
 
 def test_data_and_doctor(capsys, monkeypatch):
     monkeypatch.delenv("MOEKIT_DATA", raising=False)
-    code, out, _ = run(capsys, "data", "--samples", 2, "--json")
+    code, out, _ = run(capsys, "data", "describe", "--samples", 2, "--json")
     found = json.loads(out)
     assert code == 0 and len(found["samples"]) == 2
     assert sum(found["rates"].values()) == pytest.approx(1)
-    code, out, _ = run(capsys, "data", "--corpus", "builtin")
+    code, out, _ = run(capsys, "data", "describe", "--corpus", "builtin")
     assert code == 0 and "language reference" in out
     code, out, _ = run(capsys, "doctor", "--json")
     found = json.loads(out)

@@ -248,8 +248,11 @@ def test_a_suite_is_asked_in_its_own_way(model, monkeypatch):
     lettered = Suite("l", (task(),), style=3)
     asked.clear()
     assert mk.evaluate(model, lettered).rows[0].metric == "accuracy" and not asked
-    ranked = mk.evaluate(model, lettered, shots=1).rows[0]
-    assert ranked.n == 12
+    assert mk.evaluate(model, lettered, shots=1).rows[0].n == 12
+    nothing = dataclasses.replace(task("empty"), load=lambda split: [])
+    assert mk.evaluate(model, [task(), nothing]).missing == ("empty",)
+    with pytest.raises(ValueError, match="suite tasks has no questions"):
+        mk.evaluate(model, [nothing])
 
 
 def test_few_exemplars_are_shown_in_their_order(model, monkeypatch):

@@ -3,299 +3,194 @@
 A task's share of its sub-mixture is min(cap, examples) over the sum of these (Longpre 2023).
 """
 
-import hashlib
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from moekit.data.collection import FORMATS, GROUPS, MIXTURES
 from moekit.data.mirror import Mirror
-from moekit.data.tasks import Example, Prompt, Task, format_prompt
+from moekit.data.mixture import Formats, Mixture
+from moekit.data.tasks import Task
 from moekit.errors import unknown
 
-
-@dataclass(frozen=True)
-class Formats:
-    """How often a sub-mixture shows its examples in which form; shares of all examples."""
-
-    few_shot: float = 0.5
-    no_options: float = 0.5
-    chain_of_thought: float = 0.0  # of the examples that have a rationale
-    inverted: float = 0.0  # of the tasks that have inverted templates
-    max_shots: int = 3
-
-
-# input inversion stands at rate 0.3 beside 1 inside chain of thought and dialog
-_INVERTED = 0.3 / 1.3
-
-
-@dataclass(frozen=True)
-class SubMixture:
-    """Share of the whole mixture, cap on the examples of a task, formats."""
-
-    share: float
-    cap: int
-    formats: Formats
-
-
-# Shares of the public release (google-research/FLAN, flan/v2); caps of Chung 2022, Table 23, and
-# 200,000 for dialog from the release. Missing sub-mixtures leave their share to the others.
-FLAN2022 = {
-    "flan2021": SubMixture(0.40, 30_000, Formats()),
-    "t0": SubMixture(0.32, 20_000, Formats()),
-    "niv2": SubMixture(0.20, 5_000, Formats(no_options=0.0)),
-    "cot": SubMixture(
-        0.05, 100_000, Formats(no_options=0.0, chain_of_thought=1.0, inverted=_INVERTED)
-    ),
-    "dialog": SubMixture(0.03, 200_000, Formats(no_options=0.0, inverted=_INVERTED)),
-}
+log = logging.getLogger("moekit")
 # mostly short prompts: a nano model learns from many examples in the tour's few minutes
 BUILTIN_FORMATS = Formats(few_shot=0.1, no_options=0.75, chain_of_thought=0.05, inverted=0.02)
-NAMES = ("builtin", "flan2022")
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Tasks with normalised rates; iterate it through `token_pairs`, look into it with `sample`."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    weights: tuple[float, ...]
-    formats: tuple[Formats, ...]
-    parts: tuple[str, ...]  # the sub-mixture of each task
-
-    def __post_init__(self):
-        if not self.tasks:
-            raise ValueError(f"mixture {self.name!r} has no tasks")
-        names = [task.name for task in self.tasks]
-        if len(set(names)) < len(names):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            raise ValueError(f"mixture {self.name!r} has tasks twice: {', '.join(twice)}")
-        for task, weight in zip(self.tasks, self.weights, strict=True):
-            if not weight > 0 or not np.isfinite(weight):
-                raise ValueError(f"rate of task {task.name} is {weight}; use a number above 0")
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Share of each task among all examples; they sum to 1."""
-        total = sum(self.weights)
-        return {t.name: w / total for t, w in zip(self.tasks, self.weights, strict=True)}
-
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that name tasks, rates and formats."""
-        text = repr([sorted(self.rates.items()), self.formats])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def describe(self) -> str:
-        """A table of sub-mixtures and clusters: tasks, training examples, rate."""
-        groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for task, part in zip(self.tasks, self.parts, strict=True):
-            row = (task.train_size, self.rates[task.name])
-            groups.setdefault((part, task.cluster), []).append(row)
-        lines = [f"{'sub-mixture':12} {'cluster':32} {'tasks':>6} {'examples':>9} {'rate':>7}"]
-        for (part, cluster), rows in groups.items():
-            count, rate = sum(r[0] for r in rows), sum(r[1] for r in rows)
-            lines.append(f"{part:12} {cluster[:32]:32} {len(rows):6} {count:9,} {rate:7.2%}")
-        total = sum(task.train_size for task in self.tasks)
-        lines.append(f"{'all':12} {'':32} {len(self.tasks):6} {total:9,} {1:7.2%}")
-        return "\n".join(lines)
-
-    def prompts(
-        self,
-        *,
-        seed: int = 0,
-        split: str = "train",
-        shuffle: bool = True,
-        repeat: bool = True,
-        fits=None,
-    ):
-        """A grain dataset of prompts, each task in its own order, mixed by rate.
-
-        `fits(prompt)` decides whether a few-shot prompt may stay as long as it is; exemplars are
-        left out until it does.
-        """
-        import grain
-
-        datasets = []
-        for i, (task, formats) in enumerate(zip(self.tasks, self.formats, strict=True)):
-            examples = task.examples(split)
-            dataset = grain.MapDataset.source(range(len(examples))).seed(seed * 100_003 + i)
-            dataset = dataset.shuffle() if shuffle else dataset
-            dataset = dataset.repeat() if repeat else dataset
-            datasets.append(dataset.random_map(_Formatter(task, formats, split, fits)))
-        if not repeat:
-            return grain.MapDataset.concatenate(datasets)
-        return grain.MapDataset.mix(datasets, weights=list(self.rates.values()))
-
-    def sample(self, n: int, *, seed: int = 0, split: str = "train") -> list[Prompt]:
-        """The first n prompts of the stream that training with this seed sees."""
-        stream = self.prompts(seed=seed, split=split)
-        return [stream[i] for i in range(n)]
-
-    def token_pairs(
-        self,
-        tokenizer,
-        *,
-        input_length,
-        target_length,
-        seed,
-        split="train",
-        shuffle=True,
-        repeat=True,
-    ):
-        """Prompts as a grain dataset of {"inputs", "targets"} token ids."""
-        from moekit.data.pipeline import tokenize_prompt
-
-        lengths = {"input_length": input_length, "target_length": target_length}
-
-        def fits(prompt: Prompt) -> bool:
-            return len(tokenizer.encode(prompt.input)) < input_length
-
-        prompts = self.prompts(seed=seed, split=split, shuffle=shuffle, repeat=repeat, fits=fits)
-        if not repeat and shuffle:
-            prompts = prompts.seed(seed).shuffle()
-        return prompts.map(lambda prompt: tokenize_prompt(prompt, tokenizer, **lengths))
-
-
-@dataclass(frozen=True)
-class _Formatter:
-    """An example's index and a generator to a prompt."""
-
-    task: Task
-    formats: Formats
-    split: str
-    fits: object
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Prompt:
-        example = self.task.examples(self.split)[index]
-        inverted = bool(self.task.inverted) and rng.random() < self.formats.inverted
-        thought = bool(example.rationale) and rng.random() < self.formats.chain_of_thought
-        kwargs = {
-            "template": int(rng.integers(1000)),
-            "style": int(rng.integers(1000)),
-            "options": rng.random() >= self.formats.no_options,
-            "inverted": inverted,
-            "chain_of_thought": thought and not inverted,
-        }
-        shots = self._shots(example, rng, thought)
-        while True:
-            prompt = format_prompt(self.task, example, shots=shots, **kwargs)
-            if not shots or self.fits is None or self.fits(prompt):
-                return prompt
-            shots = shots[1:]
-
-    def _shots(self, example: Example, rng: np.random.Generator, thought: bool) -> list[Example]:
-        if rng.random() >= self.formats.few_shot:
-            return []
-        pool = self.task.examples("train")
-        wanted = int(rng.integers(1, self.formats.max_shots + 1))
-        drawn = rng.choice(len(pool), min(wanted + 1, len(pool)), replace=False)
-        others = (pool[i] for i in drawn if pool[i].id != example.id)
-        return [shot for shot in others if shot.rationale or not thought][:wanted]
+# ready-made prompts are few-shot already where they should be
+READY_FORMATS = Formats(few_shot=0.0, no_options=0.0)
+NAMES = ("builtin", *MIXTURES)
+SOURCES = ("mirror", "hub", "hub-raw")
+Groups = dict[str, list[tuple[Task, Formats]]]
 
 
 def flan_mixture(
     mixture: str | Mapping[str, float] = "flan2022",
     *,
+    source: str = "mirror",
     data_dir: str | Path | None = None,
     exclude: Sequence[str] = (),
+    hold_out: Sequence[str] = (),
+    limit: int = 0,
     on_error: str = "stop",
 ) -> Mixture:
     """A mixture by name, or a dict of {task name: rate}.
 
-    "builtin" is the embedded default (its held-out clusters left out), "flan2022" what the data
-    folder has of FLAN 2022 by FLAN's shares and caps. A dict may name tasks of either.
+    "builtin" is the embedded default (its held-out clusters left out), "flan2022" FLAN 2022 by the
+    shares and caps of its public release, "flan-t5" by those of Flan-T5 and FLAN-MoE,
+    "flan-ablation" by those of Chung 2022's ablations. A dict may name tasks of any.
 
     Args:
+      source: "mirror", what the data folder has; "hub", the ready-made sub-mixtures of the hub,
+        worded by FLAN's authors; "hub-raw", the raw data sets behind them, in our wordings.
       exclude: task names to leave out.
+      hold_out: suites that will be asked: tasks that overlap with them are left out.
+      limit: of the hub, stream so many rows of a set instead of downloading it.
       on_error: "stop" or "skip" malformed rows of the data folder.
 
     Raises:
       ValueError: an unknown mixture or task, or a held-out task.
       FileNotFoundError: no data folder.
+      ConnectionError: the hub cannot be reached.
     """
-    if isinstance(mixture, Mapping):
-        return _custom(mixture, data_dir, on_error)
-    if mixture == "builtin":
-        return _builtin(exclude)
-    if mixture != "flan2022":
+    if source not in SOURCES:
+        raise unknown("source", source, SOURCES)
+    if isinstance(mixture, str) and mixture not in NAMES:
         raise unknown("mixture", mixture, NAMES)
-    groups = _flan_groups(Mirror(data_dir, on_error))
-    _check_known(exclude, (task.name for tasks in groups.values() for task in tasks))
-    groups = {part: [t for t in tasks if t.name not in exclude] for part, tasks in groups.items()}
-    return _proportional("flan2022", {part: tasks for part, tasks in groups.items() if tasks})
+    custom = isinstance(mixture, Mapping)
+    groups: Groups = {}
+    if custom or mixture == "builtin":
+        groups["builtin"] = _builtin(everything=custom)
+    known = {task.name for task, _ in groups.get("builtin", ())}
+    named = source != "mirror" or data_dir or os.environ.get("MOEKIT_DATA")
+    if mixture != "builtin" and not (custom and (set(mixture) <= known or not named)):
+        groups |= tasks_of(source, data_dir, limit, on_error)
+    if custom:
+        groups = _chosen(groups, mixture)
+    _check_known(exclude, (task.name for _, task, _ in _flat(groups)))
+    dropped = _overlaps(groups, hold_out, data_dir)
+    groups = {
+        group: [pair for pair in pairs if pair[0].name not in {*exclude, *dropped}]
+        for group, pairs in groups.items()
+    }
+    if custom:
+        return _mixture(
+            "custom", ((g, t, f, mixture[t.name]) for g, t, f in _flat(groups)), dropped
+        )
+    if mixture == "builtin":
+        rows = ((g, t, f, float(t.train_size)) for g, t, f in _flat(groups))
+        return _mixture("builtin", rows, dropped)
+    return _mixture(mixture, _proportional(mixture, groups), dropped)
 
 
-def _flan_groups(mirror: Mirror) -> dict[str, list[Task]]:
-    """What the data folder has of each sub-mixture."""
+def tasks_of(source: str, data_dir, limit: int = 0, on_error: str = "stop") -> Groups:
+    """The tasks that a source has of each group of the collection, with their formats.
+
+    Of the data folder its own files come first, then fetched raw data sets of the hub, then, for a
+    group that has neither, a fetched ready-made set.
+    """
+    from moekit.data.hub import copies, raw_task, ready_tasks, sources
+
+    root = Path(data_dir or os.environ.get("MOEKIT_DATA") or "nowhere")
+    root = root if source != "mirror" and root.is_dir() else None
+    groups: Groups = {group: [] for group in GROUPS}
+    if source == "mirror":
+        mirror = Mirror(data_dir, on_error)
+        root = mirror.root
+        groups |= {g: [(t, FORMATS[g]) for t in ts] for g, ts in _own_tasks(mirror).items()}
+    for name, each in sources().items():
+        if not each.group or (source == "mirror" and not copies(each, "train", root)):
+            continue
+        taken = {task.name.rpartition("/")[2] for _, task, _ in _flat(groups)}
+        if each.config and source != "hub" and name not in taken:
+            groups[each.group].append((raw_task(name, root, limit), FORMATS[each.group]))
+    for group in GROUPS:
+        ready = sources().get(group)
+        wanted = source == "hub" or (source == "mirror" and not groups[group])
+        if ready and wanted and (source == "hub" or copies(ready, "train", root)):
+            groups[group] = [(t, READY_FORMATS) for t in ready_tasks(group, root, limit)]
+    if not any(groups.values()):
+        raise FileNotFoundError(
+            f"{root} holds no instruction data (niv2/, cot/, mc/, ..); moekit data fetch gets some"
+        )
+    return groups
+
+
+def _own_tasks(mirror: Mirror) -> dict[str, list[Task]]:
+    """What the data folder's own files give of each group."""
+    from moekit.data.prompted import prompted_tasks
+
     questions = [
         mirror.choices(name, f"mc/{name}", "question answering")
         for name in ("arc_easy", "arc_challenge", "openbookqa", "boolq")
     ]
     groups = {
         "flan2021": [*questions, mirror.arithmetic("gsm8k"), mirror.strategyqa()],
-        "niv2": mirror.niv2("train") if (mirror.root / "niv2").is_dir() else [],
-        "cot": mirror.cot() if (mirror.root / "cot").is_dir() else [],
+        "t0": prompted_tasks(mirror, "t0", "p3"),
+        "niv2": mirror.niv2("train"),
+        "cot": mirror.cot(),
         "dialog": [mirror.dolly()],
+        "program": [],
     }
-    groups = {part: [task for task in tasks if task] for part, tasks in groups.items()}
-    if not any(groups.values()):
-        raise FileNotFoundError(f"{mirror.root} holds no instruction data (niv2/, cot/, mc/, ..)")
-    return groups
+    for group in ("flan2021", "t0", "dialog", "program"):
+        groups[group] += prompted_tasks(mirror, group, group)
+    return {group: [task for task in tasks if task] for group, tasks in groups.items()}
 
 
-def _proportional(name: str, groups: Mapping[str, Sequence[Task]]) -> Mixture:
-    tasks, weights, formats, parts = [], [], [], []
-    for part, members in groups.items():
-        sub = FLAN2022[part]
-        capped = [min(sub.cap, task.train_size) for task in members]
-        for task, size in zip(members, capped, strict=True):
-            tasks.append(task)
-            weights.append(sub.share * size / sum(capped))
-            formats.append(sub.formats)
-            parts.append(part)
-    return Mixture(name, tuple(tasks), tuple(weights), tuple(formats), tuple(parts))
+def _proportional(name: str, groups: Groups) -> Iterator[tuple[str, Task, Formats, float]]:
+    """Every task with its sub-mixture and weight; an absent sub-mixture leaves its share."""
+    for part, sub in MIXTURES[name].items():
+        rows = [pair for group in sub.groups for pair in groups.get(group, ())]
+        capped = [min(sub.cap, task.train_size) for task, _ in rows]
+        for (task, formats), size in zip(rows, capped, strict=True):
+            if size:
+                yield part, task, formats, sub.share * size / sum(capped)
+            else:
+                log.warning("task %s has no usable rows and is left out", task.name)
 
 
-def _builtin(exclude: Sequence[str]) -> Mixture:
+def _mixture(name: str, rows: Iterable[tuple], dropped: Mapping[str, str]) -> Mixture:
+    parts, tasks, formats, weights = zip(*rows, strict=True) if (rows := list(rows)) else ((),) * 4
+    return Mixture(name, tasks, tuple(map(float, weights)), formats, parts, dropped)
+
+
+def _builtin(everything: bool) -> list[tuple[Task, Formats]]:
     from moekit.data.builtin import builtin_tasks
 
-    known = builtin_tasks()
-    _check_known(exclude, known)
-    tasks = tuple(t for t in known.values() if not t.held_out and t.name not in exclude)
-    weights = tuple(float(task.train_size) for task in tasks)
-    parts = tuple("builtin" for _ in tasks)
-    return Mixture("builtin", tasks, weights, (BUILTIN_FORMATS,) * len(tasks), parts)
+    tasks = builtin_tasks().values()
+    return [(task, BUILTIN_FORMATS) for task in tasks if everything or not task.held_out]
 
 
-def _check_known(names: Sequence[str], known) -> None:
+def _check_known(names: Iterable[str], known: Iterable[str]) -> None:
     known = set(known)
     for name in names:
         if name not in known:
             raise unknown("task", name, known)
 
 
-def _custom(rates: Mapping[str, float], data_dir, on_error: str) -> Mixture:
-    from moekit.data.builtin import builtin_tasks
-
-    known = {name: (task, BUILTIN_FORMATS, "builtin") for name, task in builtin_tasks().items()}
-    elsewhere = data_dir or os.environ.get("MOEKIT_DATA")
-    if elsewhere and not set(rates) <= set(known):
-        for part, task in _flat(_flan_groups(Mirror(data_dir, on_error))):
-            known[task.name] = (task, FLAN2022[part].formats, part)
-    _check_known(list(rates), known)
+def _chosen(groups: Groups, rates: Mapping[str, float]) -> Groups:
+    """The tasks that a dict of rates names, in its order."""
+    known = {task.name: (group, task, formats) for group, task, formats in _flat(groups)}
+    _check_known(rates, known)
+    chosen: Groups = {}
     for name in rates:
-        if known[name][0].held_out:
+        group, task, formats = known[name]
+        if task.held_out:
             raise ValueError(f"task {name} is held out for evaluation and never trained on")
-    tasks, formats, parts = (
-        zip(*(known[name] for name in rates), strict=True) if rates else ((),) * 3
-    )
-    return Mixture("custom", tasks, tuple(map(float, rates.values())), formats, parts)
+        chosen.setdefault(group, []).append((task, formats))
+    return chosen
 
 
-def _flat(groups: Mapping[str, Sequence[Task]]) -> Iterator[tuple[str, Task]]:
-    for part, tasks in groups.items():
-        for task in tasks:
-            yield part, task
+def _overlaps(groups: Groups, hold_out: Sequence[str], data_dir) -> dict[str, str]:
+    """{task: reason} of the tasks that share data with suites."""
+    if not hold_out:
+        return {}
+    from moekit.data.decontaminate import overlapping
+
+    return overlapping([task for _, task, _ in _flat(groups)], hold_out, data_dir)
+
+
+def _flat(groups: Groups) -> Iterator[tuple[str, Task, Formats]]:
+    for group, pairs in groups.items():
+        for task, formats in pairs:
+            yield group, task, formats

@@ -2,204 +2,189 @@
 
 Two layouts are read: the mirror's own (gzipped JSON lines, one schema a family) and the original
 files of the sources (Super-NaturalInstructions task JSON with split lists, FLAN's chain-of-thought
-TSV, BIG-Bench Hard JSON, MMLU CSV).
+TSV, BIG-Bench Hard JSON, MMLU CSV). Where a family has a training file and none for validation,
+one training row in 20 validates, chosen by the hash of its question.
 """
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from moekit.data.sources import BadRow, data_dir, read_json, read_rows
+from moekit.data.niv2 import MAX_LABELS, niv2_tasks
+from moekit.data.sources import (
+    VALID,
+    BadRow,
+    OnError,
+    check_policy,
+    data_dir,
+    files_digest,
+    rank,
+    read,
+    read_manifest,
+    read_rows,
+)
 from moekit.data.tasks import LETTERS, Example, Task, templates
-from moekit.errors import unknown
 
 BBH_CUE = "Let's think step by step."
-MAX_LABELS = 8  # a task with at most so many distinct answers is a classification
-
-_NIV2, _QUESTION, _READING, _DIALOG = map(templates, ("niv2", "question", "reading", "dialog"))
+_QUESTION, _READING, _DIALOG = map(templates, ("question", "reading", "dialog"))
 _INVERTED = templates("question", target="{question}")
+_CHOICE = {"question": str, "choices": [str], "answer": int, "context?": str, "subject?": str}
 
 
 @functools.lru_cache(maxsize=4)
-def _manifest(root: Path) -> dict[str, int]:
-    """Rows of each file, where the folder has a manifest."""
-    path = root / "manifest.json"
-    entries = read_json(path) if path.is_file() else []
-    return {entry["path"]: entry["rows"] for entry in entries if entry.get("rows")}
+def _rows_and_bytes(manifest: Path, stamp: int) -> dict[str, tuple[int, int]]:
+    entries = read_manifest(manifest)
+    return {path: (e["rows"], e["bytes"]) for path, e in entries.items() if e.get("rows")}
+
+
+def _counted(root: Path, path: Path) -> int | None:
+    """Rows of a file, where the folder's manifest has them for a file of this size."""
+    manifest = root / "manifest.json"
+    if not manifest.is_file():
+        return None
+    known = _rows_and_bytes(manifest, manifest.stat().st_mtime_ns)
+    rows, size = known.get(str(path.relative_to(root)), (None, 0))
+    return rows if size == path.stat().st_size else None
+
+
+def _cut(examples: Sequence[Example], split: str) -> list[Example]:
+    """The train or valid part of examples that are not split yet."""
+    ranks = [rank(example.fields) for example in examples]
+    # of a small task at least one row validates
+    bound = max(VALID, min(ranks) if len(examples) > 1 else 0)
+    return [e for e, r in zip(examples, ranks, strict=True) if (r <= bound) == (split == "valid")]
 
 
 class Mirror:
     """The tasks of a data folder, in either layout; nothing is read before it is asked for.
 
     Args:
-      on_error: "stop" or "skip" malformed rows.
+      on_error: what to do with malformed rows: "stop", "skip", or a function to be told of them.
     """
 
-    def __init__(self, folder: str | Path | None = None, on_error: str = "stop"):
+    def __init__(self, folder: str | Path | None = None, on_error: OnError = "stop"):
+        check_policy(on_error)
         self.root, self.on_error = data_dir(folder), on_error
-        if on_error not in ("stop", "skip"):
-            raise unknown("on_error", on_error, ("stop", "skip"))
 
     def _rows(self, name: str, schema: dict, columns=()) -> list[dict]:
         return read_rows(self.root / name, schema, columns=columns, on_error=self.on_error)
 
-    def _task(self, name, cluster, files: dict[str, str], build: Callable, templates, **kwargs):
-        """A task over {split: file}; build(file) gives its examples."""
-        files = {split: f for split, f in files.items() if (self.root / f).exists()}
+    def read(self, path: Path, schema: dict, make: Callable, columns=()) -> list:
+        """make(row, number) of every good row of a file."""
+        return list(read(path, schema, make, columns=columns, on_error=self.on_error))
+
+    def task(
+        self,
+        name: str,
+        cluster: str,
+        files: Mapping[str, Path],
+        build: Callable[[Path], list[Example]],
+        templates: tuple,
+        exemplars: Callable[[], list[Example]] | None = None,
+        facts: str = "",
+        **kwargs: Any,
+    ) -> Task | None:
+        """A task over {split: file}; build(file) gives its examples. None without any file.
+
+        Args:
+          exemplars: the "train" split of a task that has no file for it.
+          facts: what the examples depend on besides the files.
+        """
+        files = {split: path for split, path in files.items() if path.is_file()}
         if not files:
             return None
+        cut = "train" in files and "valid" not in files and not kwargs.get("held_out")
+        extra = (("valid",) if cut else ()) + (("train",) if exemplars else ())
 
-        def load(split: str) -> Sequence[Example]:
-            if split not in files:
-                raise ValueError(f"task {name} has no split {split!r}; it has {sorted(files)}")
-            return build(files[split])
+        def load(split: str) -> list[Example]:
+            if split not in files and split == "train":
+                return exemplars()
+            found = build(files["train" if cut and split == "valid" else split])
+            return _cut(found, split) if cut and split in ("train", "valid") else found
 
-        size = _manifest(self.root).get(files.get("train", ""))
-        return Task(name, cluster, load, templates, size=size, **kwargs)
-
-    # Super-NaturalInstructions
-    def niv2(self, split: str) -> list[Task]:
-        """Tasks of the official split "train" or "test" (other categories, held out)."""
-        if (self.root / "niv2/splits/default").is_dir():
-            return self._niv2_raw(split)
-        meta = self._rows("niv2/tasks.jsonl.gz", {"task": str, "split": str, "definition": str})
-        tasks = []
-        for row in sorted((r for r in meta if r["split"] == split), key=lambda r: r["task"]):
-            name, definition = row["task"], row["definition"]
-            folders = ("train", "valid") if split == "train" else ("test",)
-            files = {f: f"niv2/{f}/{name}.jsonl.gz" for f in folders}
-            tasks.append(self._niv2_task(name, definition, row, files, split == "test"))
-        return [task for task in tasks if task]
-
-    def _niv2_task(self, name, definition, meta, files, held_out) -> Task | None:
-        labels_file = files["test" if held_out else "train"]
-        schema = {"input": str, "output": list}
-
-        @functools.cache
-        def labels() -> tuple[str, ...]:
-            rows = self._rows(labels_file, schema)
-            found = {row["output"][0].strip() for row in rows if row["output"]}
-            return tuple(sorted(found)) if len(found) <= MAX_LABELS else ()
-
-        def build(file: str) -> list[Example]:
-            examples = []
-            for i, row in enumerate(self._rows(file, schema)):
-                answers = [a.strip() for a in row["output"] if isinstance(a, str) and a.strip()]
-                if not answers:
-                    raise ValueError(f"{self.root / file}: row {i + 1} has no output text")
-                fits = answers[0] in labels()
-                examples.append(
-                    Example(
-                        id=str(row.get("id", i)),
-                        fields={"definition": definition, "input": row["input"]},
-                        answer=answers[0],
-                        references=tuple(answers),
-                        options=labels() if fits and len(labels()) > 1 else (),
-                        domain=(meta.get("domains") or meta.get("categories") or [""])[0],
-                    )
-                )
-            return examples
-
-        cluster = (meta.get("categories") or ["niv2"])[0]
-        return self._task(
-            f"niv2/{name}", cluster, files, build, _NIV2, metric="rouge_l", held_out=held_out
+        whole = "train" in files and not cut and not kwargs.get("held_out")
+        size = _counted(self.root, files["train"]) if whole else None
+        return Task(
+            name,
+            cluster,
+            load,
+            templates,
+            splits=(*files, *extra),
+            origin=lambda: files_digest(set(files.values())) + facts,
+            size=size,
+            **kwargs,
         )
 
-    def _niv2_raw(self, split: str) -> list[Task]:
-        listed = (self.root / f"niv2/splits/default/{split}_tasks.txt").read_text().split()
-        tasks = []
-        for name in listed:
-            path = self.root / f"niv2/tasks/{name}.json"
-            if path.is_file():
-                tasks.append(self._niv2_raw_task(name, path, split == "test"))
-        return tasks
+    def _task(self, name, cluster, files: dict[str, str], build: Callable, templates, **kwargs):
+        """`task` with names of files in the folder."""
+        paths = {split: self.root / file for split, file in files.items()}
+        return self.task(
+            name, cluster, paths, lambda path: build(self._name(path)), templates, **kwargs
+        )
 
-    def _niv2_raw_task(self, name: str, path: Path, held_out: bool) -> Task:
-        def load(split: str) -> list[Example]:
-            content = read_json(path)
-            examples = []
-            for i, row in enumerate(content["Instances"], 1):
-                if not row.get("output") or "input" not in row:
-                    raise ValueError(f"{path}: instance {i} lacks input or output")
-                fields = {"definition": " ".join(content["Definition"]), "input": row["input"]}
-                answers = tuple(row["output"])
-                examples.append(Example(row.get("id", str(i)), fields, answers[0], answers))
-            cut = max(1, len(examples) // 10)
-            parts = {"train": examples[2 * cut :], "valid": examples[:cut]}
-            return examples if held_out else parts.get(split, examples[cut : 2 * cut])
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
 
-        content = read_json(path)
-        missing = {"Definition", "Instances"} - content.keys()
-        if missing:
-            raise ValueError(f"{path}: no {' and '.join(sorted(missing))}")
-        cluster = content.get("Categories", ["niv2"])[0]
-        return Task(f"niv2/{name}", cluster, load, _NIV2, metric="rouge_l", held_out=held_out)
+    def niv2(self, split: str) -> list[Task]:
+        """Super-NaturalInstructions: its tasks for "train" or "test" (held out)."""
+        return niv2_tasks(self, split)
 
     # chain of thought
     def cot(self) -> list[Task]:
-        """Questions with rationales; only the training split exists."""
-        tasks = []
-        for path in sorted((self.root / "cot").glob("*")):
-            if path.name.endswith((".jsonl.gz", ".tsv")):
-                name = path.name.split(".")[0].removesuffix("_train")
-                file = f"cot/{path.name}"
-                tasks.append(
-                    self._task(
-                        f"cot/{name}",
-                        "chain of thought",
-                        {"train": file},
-                        self._cot_examples,
-                        _QUESTION,
-                        inverted=_INVERTED,
-                        metric="exact_match",
-                    )
+        """Questions with rationales, from cot/*.jsonl.gz or FLAN's own cot_data/*_train.tsv."""
+        tasks: dict[str, Task] = {}
+        files = [p for folder in ("cot", "cot_data") for p in (self.root / folder).glob("*")]
+        for path in sorted(files):
+            if path.name.endswith((".jsonl", ".jsonl.gz", ".tsv")):
+                name = f"cot/{path.name.split('.')[0].removesuffix('_train')}"
+                tasks[name] = self.task(
+                    name,
+                    "chain of thought",
+                    {"train": path},
+                    self._cot_examples,
+                    _QUESTION,
+                    inverted=_INVERTED,
+                    metric="exact_match",
                 )
-        return tasks
+        return list(tasks.values())
 
-    def _cot_examples(self, file: str) -> list[Example]:
+    def _cot_examples(self, path: Path) -> list[Example]:
         names = ("question", "answer", "rationale")
-        columns = names if file.endswith(".tsv") else ()
-        return [
-            Example(
-                id=f"{file}:{i}",
-                fields={"question": row["question"]},
-                answer=row["answer"],
-                rationale=row["rationale"].strip().rstrip(".") + ".",
+
+        def make(row: dict, number: int) -> Example:
+            rationale = row["rationale"].strip()
+            return Example(
+                id=f"{self._name(path)}:{number}",
+                fields={"question": row["question"].strip()},
+                answer=row["answer"].strip(),
+                rationale=f"{rationale.rstrip('.')}." if rationale else "",
             )
-            for i, row in enumerate(self._rows(file, dict.fromkeys(names, str), columns))
-        ]
+
+        columns = names if path.suffix == ".tsv" else ()
+        return self.read(path, dict.fromkeys(names, str), make, columns)
 
     # questions with choices
     def choices(self, name: str, folder: str, cluster: str, *, held_out=False) -> Task | None:
         """A multiple-choice set {question, choices, answer index, perhaps context}."""
-        test = f"{folder}/test.jsonl.gz"
-        train = next(
-            (
-                f
-                for f in ("train", "dev", "valid")
-                if (self.root / folder / f"{f}.jsonl.gz").exists()
-            ),
-            "train",
+        names = [
+            f for f in ("train", "dev", "valid") if (self.root / folder / f"{f}.jsonl.gz").exists()
+        ]
+        files = {split: f"{folder}/{split}.jsonl.gz" for split in ("valid", "test")}
+        files["train"] = f"{folder}/{(names or ['train'])[0]}.jsonl.gz"
+        build, wordings = self._choice_examples, _READING if name == "boolq" else _QUESTION
+        return self._task(name, cluster, files, build, wordings, held_out=held_out)
+
+    def _choice_examples(self, file: str) -> list[Example]:
+        return self.read(
+            self.root / file, _CHOICE, lambda row, number: self._choice_example(file, number, row)
         )
-        files = {"train": f"{folder}/{train}.jsonl.gz", "valid": test, "test": test}
-
-        def build(file: str) -> list[Example]:
-            schema = {"question": str, "choices": list, "answer": int}
-            return [
-                self._choice_example(file, i, row)
-                for i, row in enumerate(self._rows(file, schema), 1)
-            ]
-
-        templates = _READING if name == "boolq" else _QUESTION
-        return self._task(name, cluster, files, build, templates, held_out=held_out)
 
     def _choice_example(self, file: str, number: int, row: dict, domain: str = "") -> Example:
         choices, answer = [str(c).strip() for c in row["choices"]], row["answer"]
         if not 0 <= answer < len(choices):
-            raise ValueError(
-                f"{self.root / file}:{number}: answer {answer} is not one of {len(choices)} choices"
-            )
+            raise BadRow(f"answer {answer} is not one of {len(choices)} choices")
         fields = {"question": row["question"], "context": row.get("context") or ""}
         options = tuple(dict.fromkeys(choices))
         domain = row.get("subject", domain)
@@ -217,41 +202,38 @@ class Mirror:
         """One task a subject; the five development rows are the exemplars."""
         if (self.root / "mmlu/dev").is_dir():
             return self._mmlu_raw()
-        schema = {"subject": str, "question": str, "choices": list, "answer": int}
-
-        @functools.cache
-        def by_subject(file: str) -> dict[str, list[Example]]:
-            groups: dict[str, list[Example]] = {}
-            for i, row in enumerate(self._rows(file, schema), 1):
-                groups.setdefault(row["subject"], []).append(self._choice_example(file, i, row))
-            return groups
-
         dev, test = "mmlu/dev.jsonl.gz", "mmlu/test.jsonl.gz"
         return [
             self._task(
                 f"mmlu/{subject}",
                 "mmlu",
                 {"train": dev, "test": test},
-                lambda file, subject=subject: by_subject(file)[subject],
+                lambda file, subject=subject: _by_subject(self, file).get(subject, []),
                 _QUESTION,
                 held_out=True,
             )
-            for subject in sorted(by_subject(test))
+            for subject in sorted(_by_subject(self, test))
         ]
 
     def _mmlu_raw(self) -> list[Task]:
         columns = ("question", "a", "b", "c", "d", "answer")
 
+        def subject_of(file: str) -> str:
+            return re.sub(r".*/|_(dev|test)\.csv$", "", file)
+
         def build(file: str) -> list[Example]:
-            examples = []
-            for i, row in enumerate(self._rows(file, dict.fromkeys(columns, str), columns), 1):
-                if row["answer"] == "answer":
-                    continue  # some copies carry a header
-                letter = row["answer"].strip()
+            def make(row: dict, number: int) -> Example | None:
+                letter, choices = row["answer"].strip(), [row[c] for c in "abcd"]
+                if letter == "answer":
+                    return None  # some copies carry a header
+                if not re.fullmatch(r"[A-D]|[0-3]", letter):
+                    raise BadRow(f"answer {letter[:60]!r} is no letter from A to D")
                 index = LETTERS.find(letter) if letter.isalpha() else int(letter)
-                row = {"question": row["question"], "choices": [row[c] for c in "abcd"]}
-                examples.append(self._choice_example(file, i, row | {"answer": index}))
-            return examples
+                row = {"question": row["question"], "choices": choices, "answer": index}
+                return self._choice_example(file, number, row, domain=subject_of(file))
+
+            schema = dict.fromkeys(columns, str)
+            return [e for e in self.read(self.root / file, schema, make, columns) if e]
 
         tasks = []
         for path in sorted((self.root / "mmlu/test").glob("*_test.csv")):
@@ -288,15 +270,6 @@ class Mirror:
             for path in sorted(folder.glob("*.txt"))
         }
 
-    def _bbh_rows(self, file: str) -> list[dict]:
-        if not file.endswith(".json"):
-            return self._rows(file, {"input": str, "target": str})
-        rows = read_json(self.root / file)["examples"]
-        for i, row in enumerate(rows, 1):
-            if "input" not in row or "target" not in row:
-                raise BadRow(f"{self.root / file}: example {i} lacks input or target")
-        return rows
-
     def _bbh_task(self, name: str, parts: dict[str, str], prompt: str) -> Task:
         description, *shots = re.split(r"\n\nQ: ", prompt.strip())
 
@@ -305,7 +278,7 @@ class Mirror:
                 return [_bbh_shot(f"{name}/shot/{i}", shot) for i, shot in enumerate(shots)]
             examples = []
             for part, file in parts.items():
-                rows = self._bbh_rows(file)
+                rows = self._rows(file, {"input": str, "target": str})
                 labels = tuple(sorted({row["target"] for row in rows}))
                 labels = labels if 1 < len(labels) <= MAX_LABELS else ()
                 examples += [_bbh_example(f"{part}/{i}", r, labels) for i, r in enumerate(rows)]
@@ -319,73 +292,90 @@ class Mirror:
             asked = f"Q: {example.fields['question']}\nA:"
             return "\n\n".join([*blocks, f"{asked} {BBH_CUE}" if thought else asked])
 
-        kind = {"metric": "exact_match", "held_out": True, "ask": ask}
-        return Task(f"bbh/{name}", "bbh", load, _QUESTION, **kind)
+        return Task(
+            f"bbh/{name}",
+            "bbh",
+            load,
+            _QUESTION,
+            metric="exact_match",
+            splits=("train", "test") if shots else ("test",),
+            origin=lambda: files_digest(self.root / file for file in parts.values()) + prompt,
+            held_out=True,
+            ask=ask,
+        )
 
     # the rest
     def dolly(self) -> Task | None:
         """Open-ended requests with written responses."""
 
-        def build(file: str) -> list[Example]:
-            schema = {"instruction": str, "context": str, "response": str}
-            return [
-                Example(
-                    id=f"{file}:{i}",
-                    fields={
-                        "instruction": "\n".join(filter(None, (r["instruction"], r["context"]))),
-                        "question": r["instruction"],
-                    },
-                    answer=r["response"],
-                    domain=r.get("category", ""),
-                )
-                for i, r in enumerate(self._rows(file, schema), 1)
-                if r["response"].strip()
-            ]
+        def make(row: dict, number: int) -> Example:
+            request = "\n".join(filter(None, (row["instruction"], row["context"])))
+            return Example(
+                id=f"dolly:{number}",
+                fields={"instruction": request, "question": row["instruction"]},
+                answer=row["response"],
+                domain=row.get("category") or "",
+            )
 
-        files = {split: f"dolly/{split}.jsonl.gz" for split in ("train", "valid")}
-        return self._task(
-            "dolly", "dialog", files, build, _DIALOG, inverted=_INVERTED, metric="rouge_l"
+        schema = dict.fromkeys(("instruction", "context", "response", "category?"), str)
+        files = {split: self.root / f"dolly/{split}.jsonl.gz" for split in ("train", "valid")}
+        kinds = {"inverted": _INVERTED, "metric": "rouge_l"}
+        return self.task(
+            "dolly", "dialog", files, lambda path: self.read(path, schema, make), _DIALOG, **kinds
         )
 
     def arithmetic(self, name: str, *, held_out: bool = False) -> Task | None:
         """gsm8k (with solutions as rationales) or svamp."""
 
-        def build(file: str) -> list[Example]:
-            rows = self._rows(file, {"question": str, "answer": (str, int, float)})
-            return [
-                Example(
-                    id=str(row.get("id", i)),
-                    fields={"question": row["question"]},
-                    answer=str(row["answer"]),
-                    rationale=_solution(row.get("solution", "")),
-                )
-                for i, row in enumerate(rows, 1)
-            ]
+        def make(row: dict, number: int) -> Example:
+            return Example(
+                id=str(row.get("id", number)),
+                fields={"question": row["question"]},
+                answer=str(row["answer"]),
+                rationale=_solution(row.get("solution") or ""),
+            )
 
-        files = {split: f"{name}/{split}.jsonl.gz" for split in ("train", "test")}
-        files["valid"] = files["test"]
-        return self._task(
-            name, "arithmetic", files, build, _QUESTION, metric="exact_match", held_out=held_out
+        schema = {"question": str, "answer": (str, int, float), "solution?": str}
+        files = {split: self.root / f"{name}/{split}.jsonl.gz" for split in ("train", "test")}
+        kinds = {"metric": "exact_match", "held_out": held_out}
+        return self.task(
+            name,
+            "arithmetic",
+            files,
+            lambda path: self.read(path, schema, make),
+            _QUESTION,
+            **kinds,
         )
 
     def strategyqa(self) -> Task | None:
         """Yes-no questions that need several facts; the facts are the rationale."""
 
-        def build(file: str) -> list[Example]:
-            return [
-                Example(
-                    id=str(row.get("id", i)),
-                    fields={"question": row["question"]},
-                    answer=row["answer"],
-                    options=("no", "yes"),
-                    rationale=" ".join(row.get("facts") or ()),
-                )
-                for i, row in enumerate(self._rows(file, {"question": str, "answer": str}), 1)
-            ]
+        def make(row: dict, number: int) -> Example:
+            return Example(
+                id=str(row.get("id", number)),
+                fields={"question": row["question"]},
+                answer=row["answer"],
+                options=("no", "yes"),
+                rationale=" ".join(row.get("facts") or ()),
+            )
 
-        files = {split: f"strategyqa/{split}.jsonl.gz" for split in ("train", "test")}
-        files["valid"] = files["test"]
-        return self._task("strategyqa", "multi-hop", files, build, _QUESTION)
+        schema = {"question": str, "answer": str, "facts?": [str]}
+        files = {split: self.root / f"strategyqa/{split}.jsonl.gz" for split in ("train", "test")}
+        return self.task(
+            "strategyqa",
+            "multi-hop",
+            files,
+            lambda path: self.read(path, schema, make),
+            _QUESTION,
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _by_subject(mirror: Mirror, file: str) -> dict[str, list[Example]]:
+    groups: dict[str, list[Example]] = {}
+    for example in mirror._choice_examples(file):
+        groups.setdefault(example.domain, []).append(example)
+    return groups
 
 
 def _solution(text: str) -> str:

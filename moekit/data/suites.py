@@ -2,21 +2,22 @@
 
 import functools
 import logging
-import re
+import os
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
+from moekit.data.hub import raw_task, sources
 from moekit.data.mirror import Mirror
-from moekit.data.sources import hub_rows, read_rows
-from moekit.data.tasks import Example, Task, templates
+from moekit.data.tasks import Example, Task
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")
 PAPER = ("mmlu", "bbh", "reasoning", "qa")  # what the paper's normalised average is taken over
-ASDIV = "EleutherAI/asdiv"  # on the hub; its one split is called validation
+WORD_PROBLEMS = ("svamp", "asdiv")  # have no train split
+HUB_NAMES = {"boolq": "bool_q"}
 
 
 @dataclass(frozen=True)
@@ -60,43 +61,20 @@ def _arithmetic_exemplars() -> tuple[Example, ...]:
     )
 
 
-def _with_exemplars(task: Task | None) -> Task | None:
+def _with_exemplars(task: Task) -> Task:
     """A task of word problems without a train split, with exemplars of our own."""
 
     def load(split: str) -> Sequence[Example]:
         return _arithmetic_exemplars() if split == "train" else task.load(split)
 
-    return task and replace(task, load=load, size=0)
+    return replace(task, load=load, splits=("train", "test"))
 
 
-def _asdiv(mirror: Mirror) -> Task:
-    """Word problems {body, question, answer "9 (apples)"} of asdiv/test.jsonl.gz or the hub."""
-
-    def load(split: str) -> list[Example]:
-        schema = dict.fromkeys(("body", "question", "answer"), str)
-        path = mirror.root / "asdiv/test.jsonl.gz"
-        if path.exists():
-            rows = read_rows(path, schema, on_error=mirror.on_error)
-        else:
-            rows = hub_rows(ASDIV, name="asdiv", split="validation")
-        return [
-            Example(
-                f"asdiv/{i}",
-                {"question": f"{row['body']} {row['question']}".strip()},
-                re.sub(r"\s*\([^)]*\)$", "", row["answer"].strip()),
-            )
-            for i, row in enumerate(rows)
-        ]
-
-    kind = {"metric": "exact_match", "held_out": True}
-    return Task("asdiv", "arithmetic", load, templates("question"), **kind)
-
-
-# single data sets of a folder, by name
+# single data sets of a folder, by name; most are on the hub too
 _SETS: dict[str, Callable[[Mirror], Task | None]] = {
     "gsm8k": lambda m: m.arithmetic("gsm8k"),
-    "svamp": lambda m: _with_exemplars(m.arithmetic("svamp", held_out=True)),
-    "asdiv": lambda m: _with_exemplars(_asdiv(m)),
+    "svamp": lambda m: m.arithmetic("svamp", held_out=True),
+    "asdiv": lambda m: m.arithmetic("asdiv", held_out=True),
     "strategyqa": lambda m: m.strategyqa(),
     "aqua": lambda m: m.choices("aqua", "aqua", "arithmetic"),
 } | {
@@ -119,7 +97,7 @@ _GROUPS = {
     "qa": ("ai2_science_elementary", "boolq", "arc_easy", "arc_challenge"),
 }
 _WHOLE: dict[str, Callable[[Mirror], Sequence[Task]]] = {
-    "niv2-valid": lambda m: m.niv2("train"),
+    "niv2-valid": lambda m: [task for task in m.niv2("train") if "valid" in task.splits],
     "niv2-test": lambda m: m.niv2("test"),
     "bbh": lambda m: m.bbh(),
     "mmlu": lambda m: m.mmlu(),
@@ -143,8 +121,7 @@ def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
 
     Raises:
       ValueError: an unknown name.
-      FileNotFoundError: no data folder, or it lacks this suite.
-      ConnectionError: a set that only the hub has, and the hub cannot be reached.
+      FileNotFoundError: neither the data folder nor the hub gives this suite.
     """
     base = name.removesuffix("-cot")
     asked = _ASKED.get(base, {}) | ({"chain_of_thought": True} if name != base else {})
@@ -154,17 +131,16 @@ def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
         raise unknown("suite", name, SUITES)
     if base in ("builtin", "builtin-heldin"):
         return Suite(name, _builtin(held_out=base == "builtin"), **asked)
-    mirror, missing = Mirror(data_dir), []
+    missing: dict[str, str] = {}
     if base in _WHOLE:
-        tasks = _WHOLE[base](mirror)
-    elif base in _GROUPS:
-        tasks = [_found(each, mirror, missing) for each in _GROUPS[base]]
+        tasks = _WHOLE[base](Mirror(data_dir))
     else:
-        tasks = [_SETS[base](mirror)]
-    tasks = [task for task in tasks if task]
+        tasks = [_set(each, data_dir, missing) for each in _GROUPS.get(base, (base,))]
+    tasks = tuple(task for task in tasks if task)
     if not tasks:
-        raise FileNotFoundError(f"the data folder {mirror.root} has no {base}")
-    return Suite(name, tuple(tasks), missing=tuple(missing), **asked)
+        why = "; ".join(missing.values()) or f"the data folder has no {base}"
+        raise FileNotFoundError(f"no suite {name}: {why}")
+    return Suite(name, tasks, missing=tuple(missing), **asked)
 
 
 def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
@@ -173,18 +149,21 @@ def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
     return [suite(name.strip(), data_dir=data_dir) for name in listed.split(",")]
 
 
-def _found(name: str, mirror: Mirror, missing: list[str]) -> Task | None:
-    """A set, or None after a warning if it cannot be had."""
-    task = _SETS[name](mirror)
+def _set(name: str, data_dir: str | Path | None, missing: dict[str, str]) -> Task | None:
+    """A data set of the folder, else of the hub; None after a warning if neither has it."""
+    root = data_dir or os.environ.get("MOEKIT_DATA")
+    task, there = _SETS[name](Mirror(root)) if root else None, HUB_NAMES.get(name, name)
     try:
-        if task and name == "asdiv":
+        if task is None and there not in sources():
+            raise FileNotFoundError(f"the data folder has no {name}, nor does the hub")
+        if task is None:
+            task = raw_task(there, Path(root) if root else None)
             task.examples("test")
-    except ConnectionError as error:
+    except (ConnectionError, FileNotFoundError) as error:
         log.warning("%s is left out: %s", name, error)
-        task = None
-    if not task:
-        missing.append(name)
-    return task
+        missing[name] = str(error)
+        return None
+    return _with_exemplars(task) if name in WORD_PROBLEMS else task
 
 
 def _single(base: str, name: str, asked: dict, mirror: Mirror) -> Suite:

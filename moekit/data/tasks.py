@@ -47,6 +47,8 @@ class Example:
             raise ValueError(f"example {self.id}: answer {self.answer!r} is not an option")
         if not self.answer.strip():
             raise ValueError(f"example {self.id}: the answer is empty")
+        if len(self.options) > len(LETTERS):
+            raise ValueError(f"example {self.id}: more than {len(LETTERS)} options")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Task:
       templates: ten wordings of the instruction.
       inverted: wordings that show the answer and ask for the question.
       metric: "accuracy" for tasks with options, else "exact_match" or "rouge_l".
+      splits: what `examples` can be asked for.
+      origin: gives a digest of the files that the examples come from.
       held_out: kept out of every training mixture.
       ask: a benchmark's published prompt instead of the templates: the input text of an example,
         its exemplars, and whether to reason first.
@@ -86,6 +90,8 @@ class Task:
     templates: tuple[Template, ...] = field(repr=False)
     inverted: tuple[Template, ...] = field(default=(), repr=False)
     metric: str = "accuracy"
+    splits: tuple[str, ...] = ("train", "valid", "test")
+    origin: Callable[[], str] | None = field(default=None, repr=False, compare=False)
     held_out: bool = False
     size: int | None = None  # training examples, where known without loading them
     ask: Callable[["Example", Sequence["Example"], bool], str] | None = field(
@@ -100,7 +106,13 @@ class Task:
             raise ValueError(f"task {self.name} has no templates")
 
     def examples(self, split: str) -> Sequence[Example]:
-        """The examples of a split, kept after the first call."""
+        """The examples of a split, kept after the first call.
+
+        Raises:
+          ValueError: the task has no such split.
+        """
+        if split not in self.splits:
+            raise ValueError(f"task {self.name} has no split {split!r}; it has {self.splits}")
         return _examples(self, split)
 
     @property
@@ -110,7 +122,18 @@ class Task:
 
 @lru_cache(maxsize=4096)
 def _examples(task: Task, split: str) -> Sequence[Example]:
-    return tuple(task.load(split))
+    found = task.load(split)
+    return tuple(found) if isinstance(found, list) else found  # or rows that stay on disk
+
+
+def content_digest(task: Task) -> str:
+    """What names the training examples of a task: its files, else its examples themselves."""
+    if task.origin:
+        return task.origin()
+    sha = hashlib.sha256()
+    for example in task.examples("train"):
+        sha.update(repr((example.id, example.fields, example.answer)).encode())
+    return sha.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

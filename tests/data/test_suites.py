@@ -80,11 +80,11 @@ def test_bbh_in_the_original_files(root, tmp_path):
     for split in ("train", "test"):
         assert list(one.examples(split)) == list(same.examples(split))
     (own / "bbh/single.json").write_text(json.dumps({"examples": [{"input": "x"}]}))
-    with pytest.raises(ValueError, match=r"single\.json: example 1 lacks input or target"):
+    with pytest.raises(ValueError, match=r"single\.json:1: field 'target' is missing"):
         mk.suite("bbh", data_dir=own).tasks[0].examples("test")
 
 
-def test_word_problems_without_a_train_split_have_exemplars_of_our_own(tmp_path, caplog):
+def test_word_problems_without_a_train_split_have_exemplars_of_our_own(tmp_path, put, caplog):
     rows = [{"question": "One and one?", "answer": "2"}] * 3
     write(tmp_path / "svamp/test.jsonl.gz", rows)
     write(tmp_path / "gsm8k/test.jsonl.gz", rows)
@@ -103,10 +103,12 @@ def test_word_problems_without_a_train_split_have_exemplars_of_our_own(tmp_path,
             at = next(i for i, w in enumerate(words) if w in "+-*/")
             assert eval(" ".join(words[at - 1 : at + 2])) == int(right.split()[0])
         assert sums[-1][1].split()[0] == exemplar.answer
-    thought = {"answer": "9 (apples)", "body": "Seven red and two green.", "question": "How many?"}
-    write(tmp_path / "asdiv/test.jsonl.gz", [thought])
+    row = {"answer": "9 (apples)", "body": "Seven red and two green.", "question": "How many?"}
+    put("hub/EleutherAI/asdiv/asdiv/validation/0000.parquet", [row])  # as fetched from the hub
     (asdiv,) = mk.suite("asdiv", data_dir=tmp_path).tasks
-    assert asdiv.examples("test")[0].answer == "9" and asdiv.examples("train") == exemplars
+    example = asdiv.examples("test")[0]
+    assert example.fields == {"question": "Seven red and two green. How many?"}
+    assert example.answer == "9" and asdiv.examples("train") == exemplars
     assert mk.suite("reasoning", data_dir=tmp_path).missing == ("strategyqa",)
 
 
@@ -134,7 +136,7 @@ def test_groups_single_tasks_and_names(root, monkeypatch):
     for name, near in (("bbhh", "bbh"), ("niv2/task0_y", "niv2/task0_x")):
         with pytest.raises(ValueError, match=f"did you mean '{near}'"):
             mk.suite(name, data_dir=root)
-    with pytest.raises(FileNotFoundError, match="has no piqa"):
+    with pytest.raises(FileNotFoundError, match="could not load 'ybisk/piqa'"):
         mk.suite("piqa", data_dir=root)
     assert {"mmlu", "bbh", "reasoning", "qa"} < set(SUITES)
     monkeypatch.delenv("MOEKIT_DATA", raising=False)

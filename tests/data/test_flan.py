@@ -1,0 +1,231 @@
+"""Mixtures: FLAN's numbers, clusters and wordings; what `describe` tells; what a digest covers."""
+
+import collections
+import gzip
+import json
+import os
+import string
+from pathlib import Path
+
+import pytest
+
+import moekit as mk
+from moekit.data.collection import FORMATS, MIXTURES, cluster_of, listed
+from moekit.data.hub import sources
+from moekit.data.tasks import WORDINGS, Template
+
+DATA = os.environ.get("MOEKIT_DATA")
+# as printed in Chung 2022, Table 23, and in the public release (flan/v2)
+PUBLISHED = {
+    "flan-t5": {"muffin": 0.460, "t0": 0.279, "cot": 0.018, "niv2": 0.242},
+    "flan-ablation": {"muffin": 0.52, "t0": 0.15, "cot": 0.03, "niv2": 0.30},
+    "flan2022": {"flan2021": 0.40, "t0": 0.32, "niv2": 0.20, "cot": 0.05, "dialog": 0.03},
+}
+CAPS = {"muffin": 30_000, "flan2021": 30_000, "t0": 20_000, "cot": 100_000, "niv2": 5_000}
+CAPS["dialog"] = 200_000
+
+
+def test_proportions_caps_and_formats_are_the_published_ones():
+    found = {n: {p: sub.share for p, sub in parts.items()} for n, parts in MIXTURES.items()}
+    assert found == PUBLISHED
+    for parts in MIXTURES.values():
+        assert {part: sub.cap for part, sub in parts.items()} == {p: CAPS[p] for p in parts}
+        assert sorted(g for sub in parts.values() for g in sub.groups) == sorted(FORMATS)
+    for group, formats in FORMATS.items():
+        assert formats.few_shot == 0.5
+        assert formats.no_options == (0.5 if group in ("flan2021", "t0") else 0.0)
+        inverted = group in ("cot", "dialog", "program")
+        assert formats.inverted == pytest.approx(0.3 / 1.3 if inverted else 0, abs=1e-6)
+        assert formats.chain_of_thought == (group == "cot")
+
+
+def test_task_lists_have_the_papers_counts():
+    count = {group: len(listed(group)) for group in FORMATS}
+    assert count["flan2021"] + count["dialog"] + count["program"] == 80  # Muffin
+    assert (count["t0"], count["cot"]) == (193, 9)
+
+
+@pytest.mark.parametrize(
+    ("group", "task", "cluster"),
+    [
+        ("flan2021", "ai2_arc/ARC-Challenge:1.0.0", "closed-book QA"),
+        ("flan2021", "glue/qnli:2.0.0", "entailment"),
+        ("flan2021", "squad/v2.0:3.0.0", "reading comprehension"),
+        ("flan2021", "wmt16_translate/ro-en:1.0.0", "translation"),
+        ("flan2021", "super_glue/wic:1.0.2", "word sense"),
+        ("flan2021", "gem/common_gen:1.1.0", "structure to text"),
+        ("flan2021", "math_dataset/algebra__linear_1d:1.0.0", "math"),
+        ("t0", "duorc_SelfRC_generate_question_by_answer", "extractive QA"),
+        ("t0", "duorc_SelfRC_generate_question", "question generation"),
+        ("cot", "stream_aqua_ii", "chain of thought"),
+        ("dialog", "qrecc_ii", "conversational QA"),
+        ("flan2021", "something else", "flan2021"),
+    ],
+)
+def test_clusters_of_names_as_sets_write_them(group, task, cluster):
+    assert cluster_of(group, task) == cluster
+
+
+def test_ten_wordings_a_task_type():
+    for kind in ("family", "inverted"):
+        for family, wordings in WORDINGS[kind].items():
+            assert len(set(wordings)) == len(wordings) == 10, family
+    for name, asked in WORDINGS["builtin"].items():
+        assert len(set(asked["wordings"])) == len(asked["wordings"]) == 10, name
+    for each in sources().values():
+        for wording in WORDINGS["family"][each.family] if each.config else ():
+            places = {place for _, place, _, _ in string.Formatter().parse(wording) if place}
+            assert places and places <= set(each.fields), each.name
+
+
+@pytest.fixture
+def folder(tmp_path, put):
+    """A data folder with a few rows of every group."""
+    meta = {"split": "train", "definition": "Do.", "categories": ["QA"]}
+    meta = [{"task": f"task{i}_x", **meta} for i in range(2)]
+    put("niv2/tasks.jsonl.gz", meta)
+    for name, n in (("task0_x", 60), ("task1_x", 24)):
+        rows = [{"id": f"{name}{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(n)]
+        put(f"niv2/train/{name}.jsonl.gz", rows)
+        put(f"niv2/valid/{name}.jsonl.gz", rows[:4])
+    why = [{"question": f"q{i}?", "answer": str(i), "rationale": "Because."} for i in range(40)]
+    put("cot/sums.jsonl.gz", why)
+    choice = [{"question": f"q{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(50)]
+    put("mc/boolq/train.jsonl.gz", choice)
+    put("mc/boolq/test.jsonl.gz", choice)
+    dolly = {"instruction": "Say", "context": "c", "response": "r", "category": "open"}
+    for split in ("train", "valid"):
+        put(f"dolly/{split}.jsonl.gz", [dolly] * 30)
+    put("p3/trivia_x.jsonl", [{"inputs": f"Ask {i}", "targets": str(i)} for i in range(30)])
+    put("program/sort.jsonl", [{"instruction": f"Sort {i}", "output": "x"} for i in range(20)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shares_of_a_folder(folder, name):
+    mixture = mk.flan_mixture(name, data_dir=folder)
+    by_part = collections.Counter()
+    for task, part in zip(mixture.tasks, mixture.parts, strict=True):
+        by_part[part] += mixture.rates[task.name]
+    total = sum(PUBLISHED[name].values())  # Chung's add up to 99.9 %
+    for part, share in PUBLISHED[name].items():
+        assert by_part[part] == pytest.approx(share / total)
+    assert mixture.rates["niv2/task0_x"] / mixture.rates["niv2/task1_x"] == pytest.approx(60 / 24)
+    parts = dict(zip((t.name for t in mixture.tasks), mixture.parts, strict=True))
+    assert parts["program/sort"] == ("dialog" if name == "flan2022" else "muffin")
+    prompts = mixture.sample(200)
+    assert prompts == mk.flan_mixture(name, data_dir=folder).sample(200)
+    assert prompts != mixture.sample(200, seed=1)
+    assert {p.shots for p in prompts} > {0, 1}
+
+
+def test_absent_parts_leave_their_share_and_names_can_be_left_out(folder):
+    for path in (folder / "p3").glob("*"):
+        path.unlink()
+    mixture = mk.flan_mixture("flan2022", data_dir=folder, exclude=["dolly"])
+    assert "dolly" not in mixture.rates and "t0" not in mixture.parts
+    assert mixture.rates["boolq"] == pytest.approx(0.40 / 0.68)
+    assert mixture.rates["program/sort"] == pytest.approx(0.03 / 0.68)
+    with pytest.raises(ValueError, match="did you mean 'boolq'"):
+        mk.flan_mixture("flan2022", data_dir=folder, exclude=["boolqq"])
+    with pytest.raises(ValueError, match="did you mean 'flan-t5'"):
+        mk.flan_mixture("flan-t6")
+    with pytest.raises(ValueError, match="did you mean 'hub'"):
+        mk.flan_mixture("flan-t5", source="hubb")
+
+
+def test_caps_level_large_tasks():
+    from moekit.data.flan import _proportional
+
+    tasks = [
+        (mk.Task(name, "c", lambda split: [], (Template("{x}"),), size=size), FORMATS["flan2021"])
+        for name, size in (("big", 10**6), ("small", 15_000))
+    ]
+    weights = {t.name: w for _, t, _, w in _proportional("flan2022", {"flan2021": tasks})}
+    assert weights["big"] / weights["small"] == pytest.approx(30_000 / 15_000)
+
+
+def test_rates_of_your_own(monkeypatch, folder):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    mixture = mk.flan_mixture({"addition": 3.0, "parity": 1.0})
+    assert mixture.rates == {"addition": 0.75, "parity": 0.25}
+    drawn = [p.task for p in mixture.sample(400)]
+    assert drawn.count("addition") / 400 == pytest.approx(0.75, abs=0.07)
+    both = mk.flan_mixture({"addition": 1.0, "boolq": 1.0, "t0/trivia_x": 2.0}, data_dir=folder)
+    assert both.rates == {"addition": 0.25, "boolq": 0.25, "t0/trivia_x": 0.5}
+    for rates, message in (
+        ({"additon": 1.0}, "did you mean 'addition'"),
+        ({"swaps": 1.0}, "swaps is held out"),
+        ({"addition": 0.0}, r"rate of task addition is 0\.0"),
+        ({}, "has no tasks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.flan_mixture(rates)
+
+
+def test_describe_agrees_with_what_a_run_sees(folder):
+    mixture = mk.flan_mixture("flan2022", data_dir=folder)
+    seen = mixture.describe()
+    rows = {row.task: row for row in seen.rows}
+    assert {name: row.rate for name, row in rows.items()} == mixture.rates
+    assert (rows["niv2/task0_x"].examples, rows["niv2/task0_x"].valid) == (60, 4)
+    assert rows["boolq"].examples + rows["boolq"].valid == 50 and rows["boolq"].valid
+    assert rows["cot/sums"].examples + rows["cot/sums"].valid == 40
+    assert sum(c.tasks for c in seen.clusters) == seen.total.tasks == len(mixture.tasks)
+    # one epoch: as many prompts as examples, so in the mean every example once
+    assert seen.total.repeats == pytest.approx(1) and seen.run_tokens == seen.epoch_tokens
+    for row in seen.rows:
+        assert row.repeats == pytest.approx(row.rate * seen.total.examples / row.examples)
+    longer = mixture.describe(tokens=int(3 * seen.epoch_tokens))
+    assert longer.total.repeats == pytest.approx(3, rel=1e-3)
+    # against many drawn prompts; the table counts a sample of each task
+    drawn = mixture.sample(600, seed=5)
+    mean = sum(len(p.input) + len(p.target) + 2 for p in drawn) / 600
+    assert seen.total.tokens == pytest.approx(mean, rel=0.2)
+    assert json.loads(json.dumps(seen.to_dict()))["total"]["examples"] == seen.total.examples
+    assert "trivia_x" in seen.table("task") and "trivia_x" not in str(seen) == repr(seen)
+    assert len(seen.plot().axes[0].get_yticks()) == len(seen.clusters)
+
+
+def test_tokens_are_counted_by_the_tokenizer_given(folder):
+    class Words(mk.ByteTokenizer):
+        def encode(self, text):
+            return [5] * len(text.split())
+
+    mixture = mk.flan_mixture({"boolq": 1.0}, data_dir=folder)
+    assert mixture.describe(Words()).total.tokens < mixture.describe().total.tokens / 3
+
+
+def test_a_digest_covers_data_wordings_rates_and_version(folder, put, monkeypatch):
+    def digest(name="flan2022"):
+        return mk.flan_mixture(name, data_dir=folder).digest()
+
+    first = digest()
+    assert first == digest() != digest("flan-t5")
+    lines = gzip.decompress((folder / "niv2/tasks.jsonl.gz").read_bytes()).splitlines()
+    meta = [json.loads(line) for line in lines]
+    put("niv2/tasks.jsonl.gz", [m | {"definition": "Do it well."} for m in meta])
+    second = digest()
+    choice = [{"question": f"q{i}?", "choices": ["a", "b"], "answer": 1} for i in range(50)]
+    put("mc/boolq/train.jsonl.gz", choice)
+    third = digest()
+    monkeypatch.setattr("moekit.data.mixture.__version__", "9")
+    assert len({first, second, third, digest()}) == 4
+    assert mk.flan_mixture({"addition": 1.0}).digest() != mk.flan_mixture({"parity": 1.0}).digest()
+
+
+@pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
+def test_real_data_is_counted_right():
+    root, counted = Path(DATA), collections.Counter()
+    for path in root.rglob("*.jsonl.gz"):
+        name = path.relative_to(root)
+        trained = str(name).startswith(("niv2/train", "cot/")) or path.name == "train.jsonl.gz"
+        if trained or str(name).startswith(("niv2/valid", "dolly/valid")):
+            with gzip.open(path, "rt") as file:
+                counted[name.parts[0]] += sum(1 for line in file if line.strip())
+    seen = collections.Counter()
+    for row in mk.flan_mixture("flan2022").describe().rows:
+        seen["mc" if row.cluster == "question answering" else row.task.split("/")[0]] += (
+            row.examples + row.valid
+        )
+    assert seen == counted
