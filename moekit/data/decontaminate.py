@@ -8,7 +8,9 @@ questions of any task of the suite.
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,18 +49,15 @@ def overlapping(
     held_out = [task for each in asked for task in each.tasks]
     split = {task.name: each.split for each in asked for task in each.tasks}
     names = _names([*(task.name for task in held_out), *(n for s in asked for n in s.missing)])
-    dropped, unnamed = {}, []
-    for task in tasks:
-        if found := _named(task, names):
-            dropped[task.name] = f"made from {found}"
-        else:
-            unnamed.append(task)
     questions = _Questions({task.name: task.examples(split[task.name]) for task in held_out})
-    for task in tqdm(unnamed, desc="decontaminate", unit="task", leave=False):
-        if reason := questions.seen_in(task):
+    dropped = {}
+    for task in tqdm(list(tasks), desc="decontaminate", unit="task", leave=False):
+        found = _named(task, names)
+        if reason := f"made from {found}" if found else questions.seen_in(task):
             dropped[task.name] = reason
-    for name, reason in dropped.items():
-        log.warning("held out for %s: %s (%s)", ", ".join(s.name for s in asked), name, reason)
+            log.warning(
+                "held out for %s: %s (%s)", ", ".join(s.name for s in asked), task.name, reason
+            )
     return dropped
 
 
@@ -76,10 +75,9 @@ def _named(task: Task, names: dict[str, str]) -> str | None:
     """The held-out data set whose name stands, whole, in a task's name or among its sources."""
     for text in (task.name, *task.sources):
         words = _words(text)
-        for start in range(len(words)):
-            for end in range(start + 1, len(words) + 1):
-                if found := names.get("".join(words[start:end])):
-                    return found
+        for start, end in combinations(range(len(words) + 1), 2):
+            if found := names.get("".join(words[start:end])):
+                return found
     return None
 
 
@@ -122,18 +120,9 @@ class _Questions:
         hits = set[str]()
         for i in range(0, len(rows), step):
             hits.update(gram for gram in _grams(rows[i]) if gram in self.owners)
-        covered: dict[int, int] = {}
-        for gram in hits:
-            for question in self.owners[gram]:
-                covered[question] = covered.get(question, 0) + 1
-        counts: dict[str, int] = {}
-        for question, count in covered.items():
-            if count >= COVERED * self.sizes[question]:
-                counts[self.tasks[question]] = counts.get(self.tasks[question], 0) + 1
-        shares = {name: count / self.asked[name] for name, count in counts.items()}
-        worst = max(shares, key=shares.get, default="")
-        if worst and shares[worst] > SHARE:
-            return (
-                f"its inputs show {counts[worst]} of the {self.asked[worst]} questions of {worst}"
-            )
-        return None
+        covered = Counter(question for gram in hits for question in self.owners[gram])
+        seen = Counter(self.tasks[q] for q, n in covered.items() if n >= COVERED * self.sizes[q])
+        worst = max(seen, key=lambda name: seen[name] / self.asked[name], default="")
+        if not worst or seen[worst] / self.asked[worst] <= SHARE:
+            return None
+        return f"its inputs show {seen[worst]} of the {self.asked[worst]} questions of {worst}"
