@@ -154,29 +154,53 @@ class Plan:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint on a suite."""
+    """Evaluate a checkpoint on suites, each in its benchmark's own way, and average them."""
 
     checkpoint: Path
     suite: str = "builtin"
-    shots: int = 0
+    """Names joined with commas (mmlu, mmlu-cot, bbh, reasoning, niv2/task..), or paper."""
+    harness: str = ""
+    """Run these tasks of the lm-evaluation-harness instead."""
+    shots: int | None = None
+    """Exemplars; default the suite's own number, as of the next two."""
+    chain_of_thought: bool | None = None
+    options: bool | None = None
     limit: int | None = None
     """At most so many questions a task."""
-    chain_of_thought: bool = False
     seed: int = 0
+    out: Path | None = None
+    """Write the record here as JSON; `moekit figures` draws those of its folder."""
     json: bool = False
 
     def run(self) -> tuple[object, str]:
         import moekit as mk
 
-        scores = mk.evaluate(
-            mk.load(self.checkpoint),
-            mk.suite(self.suite),
-            shots=self.shots,
-            limit=self.limit,
-            seed=self.seed,
-            chain_of_thought=self.chain_of_thought,
-        )
-        return scores.to_dict(), scores.table()
+        if self.harness:
+            found, text = self._harness()
+        else:
+            asked = mk.suites(self.suite)
+            model, results = mk.load(self.checkpoint), []
+            kind = {"shots": self.shots, "limit": self.limit, "seed": self.seed}
+            kind |= {"chain_of_thought": self.chain_of_thought, "options": self.options}
+            for suite in asked:
+                results.append(mk.evaluate(model, suite, **kind))
+            found = mk.report(results)
+            tables = [scores.table() for scores in results]
+            text = "\n\n".join([*tables, str(mk.normalised_average(results))])
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        return found, text
+
+    def _harness(self) -> tuple[dict, str]:
+        import moekit as mk
+        from moekit.harness import harness, make_table
+
+        tasks, shots = self.harness.split(","), self.shots
+        model = mk.load(self.checkpoint)
+        found = harness(model, tasks, shots=shots, limit=self.limit, log_samples=False)
+        kept = ("results", "n-shot", "n-samples", "versions")
+        return {name: found[name] for name in kept}, make_table(found)
 
 
 @dataclass

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
-from moekit.data.pipeline import pad_prompts
-from moekit.data.tasks import Prompt
+from moekit.data.pipeline import pad_pairs
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import row_shards, split_rows
@@ -41,21 +40,50 @@ def length_groups(
     most: int,
     parts: Sequence[int] | None = None,
     mesh: Mesh | None = None,
-) -> Iterator[list[int]]:
-    """Indices of texts of similar length, for batches of `rows_at` their bucket.
+) -> Iterator[tuple[list[int], int, int]]:
+    """Indices of texts of similar length, with the length and the rows of their batch.
 
     Args:
       parts: what each text brings to its batch (its options, say), which holds `4 * most` in all.
     """
     group: list[int] = []
+    size = rows = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        full = len(group) >= rows_at(bucket(lengths[i], longest), most, mesh)
+        new = bucket(lengths[i], longest)
+        full = len(group) >= rows_at(new, most, mesh)
         if group and (full or (parts and sum(parts[j] for j in (*group, i)) > 4 * most)):
-            yield group
+            yield group, size, rows
             group = []
         group.append(i)
+        size, rows = new, rows_at(new, most, mesh)
     if group:
-        yield group
+        yield group, size, rows
+
+
+def encode_inputs(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[list[int]]:
+    """Token ids of texts with end of sequence.
+
+    Raises:
+      ValueError: a text is longer than the model reads.
+    """
+    rows = [[*tokenizer.encode(text), EOS] for text in texts]
+    for i, row in enumerate(rows):
+        if len(row) > longest:
+            raise ValueError(
+                f"text {i} ({texts[i][:40]!r}..) is {len(row)} tokens long, more than the "
+                f"{longest} that the model reads: shorten it or raise the model's max_length"
+            )
+    return rows
+
+
+def input_rows(
+    ids: Sequence[Sequence[int]], length: int, rows: int, mesh: Mesh | None
+) -> tuple[Int[Array | np.ndarray, "B L"], Int[Array | np.ndarray, "B L"]]:
+    """Inputs and segments of a batch of so many rows, the last ones padding."""
+    pairs = [{"inputs": row, "targets": []} for row in ids]
+    batch = pad_pairs(pairs, input_length=length, target_length=1)
+    fill = ((0, rows - len(ids)), (0, 0))
+    return split_rows((np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)), mesh)
 
 
 @functools.lru_cache(maxsize=32)
@@ -118,27 +146,34 @@ def generate(
     Raises:
       ValueError: a text is longer than the model's max_length, or temperature is negative.
     """
+    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
+    ids = encode_inputs(texts, tokenizer, model.cfg.max_length)
+    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+    said = generate_ids(model, ids, max_new_tokens=max_new_tokens, **options)
+    return [tokenizer.decode(row) for row in said]
+
+
+def generate_ids(
+    model: EncoderDecoder,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[Int[np.ndarray, "T"]]:
+    """`generate` from token ids to token ids, padded behind the end of sequence."""
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; use 0 (greedy) or more")
-    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    prompts = [Prompt(text, "", id=str(i)) for i, text in enumerate(texts)]
-    lengths = [len(tokenizer.encode(text)) + 1 for text in texts]
-    longest, key = model.cfg.max_length, jax.random.key(seed)
     graphdef, state = nnx.split(model)
-    run = _compiled(graphdef, max_new_tokens, temperature > 0)
-    answers = [""] * len(texts)
-    groups = list(length_groups(lengths, longest, batch_size, mesh=model.mesh))
-    bar = tqdm(groups, desc="generate", unit="batch", leave=False, disable=len(groups) < 2)
-    for number, group in enumerate(bar):
-        size = bucket(max(lengths[i] for i in group), longest)
-        batch = pad_prompts(
-            [prompts[i] for i in group], tokenizer, input_length=size, target_length=1
-        )
-        fill = ((0, rows_at(size, batch_size, model.mesh) - len(group)), (0, 0))
-        inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
-        inputs, segments = split_rows((inputs, segments), model.mesh)
+    run, key = _compiled(graphdef, max_new_tokens, temperature > 0), jax.random.key(seed)
+    lengths, said = list(map(len, ids)), [np.zeros(0, np.int32)] * len(ids)
+    groups = list(length_groups(lengths, model.cfg.max_length, batch_size, mesh=model.mesh))
+    bar = tqdm(groups, desc="generate", unit="batch", leave=False)
+    for number, (group, length, rows) in enumerate(bar):
+        inputs, segments = input_rows([ids[i] for i in group], length, rows, model.mesh)
         noise = jax.random.fold_in(key, number)
         out = np.asarray(run(state, inputs, segments, noise, temperature))
-        for i, ids in zip(group, out, strict=False):
-            answers[i] = tokenizer.decode(ids)
-    return answers
+        for i, row in zip(group, out, strict=False):
+            said[i] = row
+    return said

@@ -161,6 +161,7 @@ class Lab:
             evaluate(
                 model,
                 each,
+                shots=0,
                 limit=few if len(each.tasks) > 20 else many,
                 max_new_tokens=24,
                 options=self.config.options,
@@ -367,7 +368,7 @@ def _recorded(routing: dict) -> Specialization:
 def figures(
     results: Path = Path("assets/results"), out: Path = Path("assets/figures")
 ) -> list[Path]:
-    """Redraw the figures of every recorded study.
+    """Redraw the figures of every recorded study and evaluation.
 
     Raises:
       FileNotFoundError: no results there.
@@ -378,6 +379,11 @@ def figures(
         record = json.loads(path.read_text())
         if record.get("kind") == "study":
             paths += study_figures(record | {"path": str(path)}, Path(out))
+        elif record.get("kind") == "evaluation":
+            average = record["normalised_average"]["score"]
+            title = f"{record['model']}, normalised average {average:.1%}"
+            fig = draw.plot_scores({record["model"]: record["suites"]}, title)
+            paths.append(draw.save_figure(fig, Path(out) / f"{path.stem}-scores.png"))
     if not paths:
         raise FileNotFoundError(f"no recorded study in {results}: `moekit study` makes one")
     return paths

@@ -1,5 +1,6 @@
-"""Scores of answers, their confidence intervals, tables and pictures."""
+"""Answers read out of texts, their scores, confidence intervals, tables and pictures."""
 
+import functools
 import re
 import string
 from collections import Counter
@@ -10,6 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 BOOTSTRAP = 1000  # resamples of a 95 % interval
+_NUMBER = re.compile(r"(?<![\w.])-?[$£€]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?", re.I)
+_MARK = re.compile(r"(?:\banswer\s*(?:is|:|=)|####)\s*:?", re.I)
 
 
 def normalise(text: str) -> str:
@@ -21,29 +24,90 @@ def normalise(text: str) -> str:
     return bare or " ".join(lowered.split())
 
 
+def number(text: str) -> float | None:
+    """The number that a text is ("$1,200.50", "-3", "40%"), or None."""
+    bare = text.strip().rstrip(".%").strip()
+    if not _NUMBER.fullmatch(bare):
+        return None
+    return float(re.sub(r"[^\d.e+-]", "", bare.lower()))
+
+
+def extract_answer(text: str, like: str = "", options: Sequence[str] = ()) -> str:
+    """What a chain of thought arrives at: it follows the last "answer is" (or "####"), else it is
+    looked for in the whole text.
+
+    Args:
+      like: the expected answer; if it is a number, so is what is read: the first after the last
+        "=" of the marked sentence, or the last of an unmarked text.
+      options: the answer is one of these, given by its letter or in its words.
+    """
+    *before, said = _MARK.split(text)
+    said, marked = said.strip(), bool(before)
+    if options:
+        return _option(said, options, marked)
+    sentence = re.split(r"\.(?:\s|$)", said)[0].strip() if marked else said
+    if number(like) is not None:
+        found = _NUMBER.findall(sentence.split("=")[-1] if marked else said)
+        return found[0 if marked else -1].strip() if found else sentence
+    return sentence
+
+
+def _option(said: str, options: Sequence[str], marked: bool) -> str:
+    """The option that a text names by letter, else in words: the first after a mark, the last of
+    an unmarked text; the text itself if there is none."""
+    if marked:
+        letters = re.findall(r"^\W*([A-Z])(?:[).:,]|\s*$)", said)
+    else:
+        letters = re.findall(r"\(([A-Z])\)", said)[-1:]
+    if letters and ord(letters[0]) - ord("A") < len(options):
+        return options[ord(letters[0]) - ord("A")]
+    words = f" {normalise(said)} "
+    find = words.find if marked else words.rfind
+    places = {option: find(f" {normalise(option)} ") for option in options}
+    places = {option: place for option, place in places.items() if place >= 0}
+    nearest = min if marked else max
+    # of options at one place the longest is meant
+    sign = -1 if marked else 1
+    return nearest(places, key=lambda o: (places[o], sign * len(o))) if places else said
+
+
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer equals a reference, both normalised."""
-    return float(normalise(answer) in {normalise(reference) for reference in references})
+    """1 if the answer equals a reference: as numbers to six digits where both are numbers, else as
+    normalised texts."""
+
+    def key(text: str) -> str:
+        value = number(text)
+        return normalise(text) if value is None else f"{value:.6g}"
+
+    return float(key(answer) in {key(reference) for reference in references})
+
+
+@functools.cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """Best ROUGE-L F-measure against the references."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
+    return max(_rouge().score(reference, answer)["rougeL"].fmeasure for reference in references)
 
 
 def bootstrap(
-    groups: Sequence[Float[np.ndarray, "..."]], seed: int = 0, resamples: int = BOOTSTRAP
+    groups: Sequence[Float[np.ndarray, "..."]],
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    resamples: int = BOOTSTRAP,
 ) -> tuple[float, float]:
-    """95 % interval of the mean over groups of their means, resampling examples in each group."""
+    """95 % interval of the weighted sum of the groups' means (default their mean), resampling
+    examples in each group."""
     rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in groups:
+    sums = np.zeros(resamples)
+    for values, weight in zip(groups, weights or [1 / len(groups)] * len(groups), strict=True):
         picks = rng.integers(0, len(values), (resamples, len(values)))
-        means += values[picks].mean(1) / len(groups)
-    low, high = np.quantile(means, [0.025, 0.975])
+        sums += weight * values[picks].mean(1)
+    low, high = np.quantile(sums, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -72,12 +136,22 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores on a suite; `dropped_shots` exemplars did not fit into the inputs."""
+    """A model's scores on a suite; `dropped_shots` exemplars did not fit into the inputs, and
+    `missing` tasks of the suite were not to be had."""
 
     name: str
     rows: tuple[TaskScore, ...]
     shots: int = 0
     dropped_shots: int = 0
+    missing: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(" on ")[0]
+
+    @property
+    def suite(self) -> str:
+        return self.name.partition(" on ")[2] or self.name
 
     @property
     def mean(self) -> TaskScore:
@@ -105,6 +179,8 @@ class Scores:
             )
         if self.dropped_shots:
             lines.append(f"{self.dropped_shots} exemplars did not fit and were left out")
+        if self.missing:
+            lines.append(f"not evaluated, for want of data: {', '.join(self.missing)}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
@@ -117,6 +193,7 @@ class Scores:
             "name": self.name,
             "shots": self.shots,
             "dropped_shots": self.dropped_shots,
+            "missing": list(self.missing),
             "mean": plain(self.mean),
             "tasks": [plain(row) for row in self.rows],
         }
@@ -137,6 +214,56 @@ class Scores:
         ax.set(xlabel="score (share right, 95 % interval)", xlim=(0, 1), title=self.name)
         ax.legend(frameon=False, loc="lower right")
         return fig
+
+
+@dataclass(frozen=True)
+class NormalisedAverage:
+    """One number for a model: the mean over suites of each one's normalised score, with its 95 %
+    interval. 0 is chance, 1 all right; below chance it is negative."""
+
+    score: float
+    low: float
+    high: float
+    suites: dict[str, float]
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {score:.1%}" for name, score in self.suites.items())
+        return (
+            f"normalised average {self.score:.1%} "
+            f"(95 % interval {self.low:.1%} to {self.high:.1%}): {each}"
+        )
+
+
+def normalised_average(results: Sequence[Scores]) -> NormalisedAverage:
+    """The paper's single figure: every task's score is scaled between chance and 1, averaged over
+    the tasks of a suite, then over suites (the "normalized average" of Chung 2022, section 2.3
+    and footnote 5, after BIG-bench's normalized preferred metric). The paper takes the suites
+    "mmlu", "bbh", "reasoning" and "qa".
+
+    Raises:
+      ValueError: no suites, or one twice.
+    """
+    names = [scores.suite for scores in results]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"an average needs different suites, not {names}")
+    suites, groups, weights = {}, [], []
+    for scores in results:
+        scaled = [(row.values - row.chance) / (1 - row.chance) for row in scores.rows]
+        suites[scores.suite] = float(np.mean([values.mean() for values in scaled]))
+        groups += scaled
+        weights += [1 / (len(results) * len(scaled))] * len(scaled)
+    low, high = bootstrap(groups, weights)
+    return NormalisedAverage(float(np.mean(list(suites.values()))), low, high, suites)
+
+
+def report(results: Sequence[Scores]) -> dict:
+    """A JSON-ready record of one model on several suites, which `moekit figures` draws."""
+    return {
+        "kind": "evaluation",
+        "model": results[0].model,
+        "suites": [scores.to_dict() for scores in results],
+        "normalised_average": asdict(normalised_average(results)),
+    }
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,20 @@ def test_train_eval_and_resume(tmp_path, capsys):
     assert code == 0 and json.loads(out)["step"] == 2
     code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", "--steps", 3, *SMALL[2:])
     assert code == 0 and "step 3" in out
+    record = tmp_path / "results/eval.json"
+    asked = ["--suite", "builtin,builtin-heldin", "--limit", 1, "--options", "False"]
     code, out, _ = run(
-        capsys, "eval", "--checkpoint", tmp_path / "r", "--limit", 2, "--suite", "builtin", "--json"
+        capsys, "eval", "--checkpoint", tmp_path / "r", *asked, "--out", record, "--json"
     )
     found = json.loads(out)
-    assert code == 0 and found["mean"]["n"] == 2 * len(mk.suite("builtin").tasks)
+    sizes = [suite["mean"]["n"] for suite in found["suites"]]
+    assert code == 0 and sizes == [len(mk.suite(n).tasks) for n in ("builtin", "builtin-heldin")]
+    average = found["normalised_average"]
+    assert average["low"] - 1e-9 <= average["score"] <= average["high"] + 1e-9
+    assert json.loads(record.read_text()) == found
+    folders = ["--results", record.parent, "--out", tmp_path / "figures"]
+    code, out, _ = run(capsys, "figures", *folders)
+    assert code == 0 and out.split() == [str(tmp_path / "figures/eval-scores.png")]
     code, _, err = run(
         capsys, "train", "--workdir", tmp_path / "r", *SMALL, "--learning-rate", "0.5"
     )
@@ -47,6 +56,8 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),
         (["train", "--router", "expert-choice"], "later tokens"),
         (["eval", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["eval", "--checkpoint", "nowhere", "--suite", "builtin,bhb"], "did you mean 'bbh'"),
+        (["eval", "--checkpoint", "nowhere", "--suite", "paper"], "set the environment variable"),
         (["data", "describe", "--task", "additon"], "did you mean 'addition'"),
         (["data", "describe", "--task", "swaps"], "held out"),
         (["data", "descrbe"], "did you mean 'describe'"),

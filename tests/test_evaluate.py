@@ -1,16 +1,30 @@
 """Scores, ranking, decoding, evaluation."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 
 import moekit as mk
+from moekit.data.suites import Suite
 from moekit.data.tasks import Example, Task, Template
 from moekit.evaluate import rank_options
 from moekit.generate import bucket, length_groups, rows_at
-from moekit.scores import Scores, TaskScore, bootstrap, compare, exact_match, normalise, rouge_l
+from moekit.scores import (
+    Scores,
+    TaskScore,
+    bootstrap,
+    compare,
+    exact_match,
+    extract_answer,
+    normalise,
+    normalised_average,
+    report,
+    rouge_l,
+)
 
+EVALUATION = importlib.import_module("moekit.evaluate")  # mk.evaluate is the function
 TEN = tuple(Template(f"{i} " + "{x}") for i in range(10))
 
 
@@ -42,6 +56,72 @@ def test_exact_match_and_rouge():
     # longest common subsequence 3 of 4 and 5 words: P 3/4, R 3/5
     assert rouge_l("one two nine three", ["one two three four five"]) == pytest.approx(2 / 3)
     assert rouge_l("x", ["y", "x"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("5", "-5", False),
+        ("72.0", "72", True),
+        ("$1,234.50", "1234.5", True),
+        ("40%", "40", True),
+        ("22090603", "2.20906e+07", True),
+        ("72001", "72000", False),
+        ("01/02/2003", "1022003", False),
+        ("] )", "] )", True),
+        ("B", "(B)", True),
+    ],
+)
+def test_numbers_match_as_numbers(answer, reference, same):
+    assert exact_match(answer, [reference]) == same == exact_match(reference, [answer])
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "options", "answer"),
+    [
+        ("So it is 3 * 2 = 6. The answer is 6.", "6", (), "6"),
+        ("The answer is 6 * 7 = 42 eggs of 50.", "42", (), "42"),
+        ("The answer is 5 apples. Then 9.", "5", (), "5"),
+        ("First 10 - 3, so 7", "7", (), "7"),
+        ("10-3", "3", (), "3"),
+        ("work\n#### -1,200", "-1200", (), "-1,200"),
+        ("answer: $3.50.", "3.5", (), "$3.50"),
+        ("The answer is forty.", "40", (), "forty"),
+        ("So the answer is: (B).", "(B)", ("(A)", "(B)"), "(B)"),
+        ("The answer is B", "y", ("x", "y"), "y"),
+        ("The answer is A dog", "dog", ("cat", "dog"), "dog"),
+        ("Not (A). I take (C)", "z", ("x", "y", "z"), "z"),
+        ("The answer is yes, as no one said", "yes", ("no", "yes"), "yes"),
+        ("no wait, yes", "yes", ("no", "yes"), "yes"),
+        ("the answer is new york", "new york", ("york", "new york"), "new york"),
+        ("The answer is none of it", "x", ("x", "y"), "none of it."),
+        ("So the answer is ] ).", "] )", (), "] )"),
+        ("Then 3.5. The answer is 3.5", "3.5", (), "3.5"),
+        (" just this ", "", (), "just this"),
+    ],
+)
+def test_answers_are_read_by_their_kind(text, like, options, answer):
+    found = extract_answer(text, like, options)
+    assert exact_match(found, [answer])
+    assert options == () or found in (*options, "none of it")
+
+
+def test_the_normalised_average_scales_between_chance_and_one():
+    a = TaskScore.of("a", "c", "accuracy", [1.0] * 11 + [0.0] * 9, 0.5, 0.5)
+    b = TaskScore.of("b", "c", "exact_match", [1.0, 0.0, 0.0, 0.0], 0.0, 0.0)
+    below = TaskScore.of("c", "c", "accuracy", [1.0] * 9 + [0.0] * 11, 0.5, 0.5)
+    results = [Scores("m on one", (a, b)), Scores("m on two", (below,))]
+    average = normalised_average(results)
+    # a right share of .55 at chance .5 is .1, one of .45 is -.1 (the example of Chung 2022)
+    assert average.suites == pytest.approx({"one": (0.1 + 0.25) / 2, "two": -0.1})
+    assert average.score == pytest.approx((0.175 - 0.1) / 2)
+    assert average.low < average.score < average.high and "one 17.5%" in str(average)
+    record = report(results)
+    assert record["model"] == "m" and len(record["suites"]) == 2
+    assert record["normalised_average"]["score"] == average.score
+    for wrong in ([], results[:1] * 2):
+        with pytest.raises(ValueError, match="different suites"):
+            normalised_average(wrong)
 
 
 def test_bootstrap_covers_the_mean_and_narrows():
@@ -92,11 +172,11 @@ def test_batches_hold_fewer_long_texts_and_split_over_the_mesh(mesh):
     lengths = [5000, 60, 3000, 61, 700, 2000, 65] * 3
     parts = [3] * 21
     groups = list(length_groups(lengths, 4096, 16, parts, mesh))
-    assert sorted(i for group in groups for i in group) == list(range(21))
+    assert sorted(i for group, _, _ in groups for i in group) == list(range(21))
     shards = 8 if mesh else 1
-    for group in groups:
-        size = bucket(max(lengths[i] for i in group), 4096)
-        rows = rows_at(size, 16, mesh)
+    for group, size, rows in groups:
+        assert size == bucket(max(lengths[i] for i in group), 4096)
+        assert rows == rows_at(size, 16, mesh)
         assert len(group) <= rows <= 16 and rows % shards == 0
         assert rows == shards or rows * size**2 <= 2**23
         assert sum(parts[i] for i in group) <= 64
@@ -138,10 +218,57 @@ def test_limit_is_a_fixed_sample_and_shots_come_from_train(model):
     assert mk.evaluate(model, [without], shots=2).rows[0].n == 1
 
 
-def test_chain_of_thought_reads_what_follows_the_answer_is(model):
-    thought = task(options=False, metric="exact_match", rationale="Think.")
-    scores = mk.evaluate(model, [thought], chain_of_thought=True, max_new_tokens=4)
-    assert scores.rows[0].metric == "exact_match"
+def test_a_suite_is_asked_in_its_own_way(model, monkeypatch):
+    asked = []
+
+    def decode(model, ids, *, max_new_tokens):
+        asked.extend(mk.ByteTokenizer().decode(row) for row in ids)
+        said = ["It is so. The answer is word1." for _ in ids]
+        return [np.array(mk.ByteTokenizer().encode(text)) for text in said]
+
+    monkeypatch.setattr(EVALUATION, "generate_ids", decode)
+    thought = task(rationale="Think.")
+    suite = Suite("s", (thought,), shots=2, chain_of_thought=True, first=6, missing=("gone",))
+    scores = mk.evaluate(model, suite)
+    assert scores.name == "st-nano on s" and scores.suite == "s" and scores.model == "st-nano"
+    row = scores.rows[0]
+    assert (row.metric, row.n, row.score, row.chance) == (
+        "exact_match",
+        6,
+        2 / 6,
+        pytest.approx(1 / 3),
+    )
+    assert all(text.count("Think. The answer is word") == 2 for text in asked)
+    assert all(text.endswith("step by step.") for text in asked)
+    assert "not evaluated, for want of data: gone" in scores.table()
+    asked.clear()
+    decoded = Suite("d", (task(metric="rouge_l"),), options=False, ranked=False)
+    row = mk.evaluate(model, decoded).rows[0]
+    assert row.metric == "rouge_l" and row.chance == 0 and "word" not in asked[0]
+    lettered = Suite("l", (task(),), style=3)
+    asked.clear()
+    assert mk.evaluate(model, lettered).rows[0].metric == "accuracy" and not asked
+    assert mk.evaluate(model, lettered, shots=1).rows[0].n == 12
+    nothing = dataclasses.replace(task("empty"), load=lambda split: [])
+    assert mk.evaluate(model, [task(), nothing]).missing == ("empty",)
+    with pytest.raises(ValueError, match="suite tasks has no questions"):
+        mk.evaluate(model, [nothing])
+
+
+def test_few_exemplars_are_shown_in_their_order(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        EVALUATION,
+        "generate_ids",
+        lambda model, ids, **_: asked.extend(ids) or [np.zeros(1, np.int32)] * len(ids),
+    )
+    mk.evaluate(model, [task(n=3, options=False, metric="exact_match")], shots=5)
+    texts = [mk.ByteTokenizer().decode(row) for row in asked]
+    assert len(texts) == 3
+    for text in texts:
+        assert [text.index(f"word{i}") for i in range(3)] == sorted(
+            text.index(f"word{i}") for i in range(3)
+        )
 
 
 def test_greedy_decoding_equals_argmax_of_the_whole(model):
@@ -170,5 +297,5 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert a == b != c
     with pytest.raises(ValueError, match="temperature is -1"):
         mk.generate(model, ["x"], temperature=-1.0)
-    with pytest.raises(ValueError, match="are 5001 tokens long, more than the 4096"):
+    with pytest.raises(ValueError, match="is 5001 tokens long, more than the 4096"):
         mk.generate(model, ["x" * 5000])

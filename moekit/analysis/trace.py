@@ -21,7 +21,7 @@ from moekit.data.pipeline import Batch, pad_pairs, tokenize_prompt
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
-from moekit.generate import bucket, length_groups, rows_at
+from moekit.generate import length_groups
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import split_rows
 
@@ -179,12 +179,11 @@ def trace_routing(
     graphdef, state = nnx.split(model)
     run, parts = _compiled(graphdef), {}
     groups = list(length_groups(lengths, longest, batch_size, mesh=model.mesh))
-    for rows in tqdm(groups, desc="trace", unit="batch", leave=False):
-        size = bucket(max(lengths[i] for i in rows), longest)
+    for rows, size, count in tqdm(groups, desc="trace", unit="batch", leave=False):
         chosen = [pairs[i] for i in rows]
         batch = pad_pairs(chosen, input_length=size, target_length=target_length)
-        missing = rows_at(size, batch_size, model.mesh) - len(rows)
-        batch = jax.tree.map(lambda x, n=missing: np.pad(x, ((0, n), (0, 0))), batch)
+        fill = ((0, count - len(rows)), (0, 0))
+        batch = jax.tree.map(lambda x, fill=fill: np.pad(x, fill), batch)
         for name, routing in jax.device_get(run(state, split_rows(batch, model.mesh))).items():
             parts.setdefault(name, []).append(_tokens(name, batch, rows, routing))
     stacks = {name: _joined(each) for name, each in parts.items()}

@@ -21,12 +21,12 @@ from moekit.data.sources import (
     data_dir,
     files_digest,
     read,
-    read_json,
     read_manifest,
     read_rows,
 )
 from moekit.data.tasks import LETTERS, Example, Task, templates
 
+BBH_CUE = "Let's think step by step."
 _QUESTION, _READING, _DIALOG = map(templates, ("question", "reading", "dialog"))
 _INVERTED = templates("question", target="{question}")
 _CHOICE = {"question": str, "choices": [str], "answer": int, "context?": str, "subject?": str}
@@ -180,7 +180,14 @@ class Mirror:
         options = tuple(dict.fromkeys(choices))
         domain = row.get("subject", domain)
         identity = str(row.get("id", f"{file}:{number}"))
-        return Example(identity, fields, choices[answer], options=options, domain=domain)
+        return Example(
+            identity,
+            fields,
+            choices[answer],
+            options=options,
+            rationale=row.get("rationale") or "",
+            domain=domain,
+        )
 
     def mmlu(self) -> list[Task]:
         """One task a subject; the five development rows are the exemplars."""
@@ -229,35 +236,64 @@ class Mirror:
 
     # BIG-Bench Hard
     def bbh(self) -> list[Task]:
-        """Held out, never trained on; the published chain-of-thought exemplars are its "train"."""
-        prompts = self.root / "bbh/prompts/cot_prompts.jsonl.gz"
-        shots = {}
-        if prompts.exists():
-            rows = self._rows(str(prompts.relative_to(self.root)), {"task": str, "shots": list})
-            shots = {row["task"]: row["shots"] for row in rows}
-        tasks = []
+        """Its 23 tasks, never trained on: two of them come in three sizes, a file each. "train" has
+        the published exemplars, which are asked in the published wording."""
+        prompts, sizes = self._bbh_prompts(), {}
         for path in sorted((self.root / "bbh").iterdir()):
             if path.name.endswith((".jsonl.gz", ".json")):
                 name = path.name.split(".")[0]
-                tasks.append(self._bbh_task(name, f"bbh/{path.name}", shots.get(name, [])))
-        return tasks
+                base = re.sub(r"_(three|five|seven)_objects$", "", name)
+                sizes.setdefault(base, {})[name] = f"bbh/{path.name}"
+        return [
+            self._bbh_task(name, parts, prompts.get(next(iter(parts)), ""))
+            for name, parts in sizes.items()
+        ]
 
-    def _bbh_task(self, name: str, file: str, shots: list[dict]) -> Task:
-        def build(rows: list[dict]) -> list[Example]:
-            labels = tuple(sorted({row["target"] for row in load_test()}))
-            labels = labels if 1 < len(labels) <= MAX_LABELS else ()
-            return [_bbh_example(f"{name}/{i}", row, labels) for i, row in enumerate(rows)]
+    def _bbh_prompts(self) -> dict[str, str]:
+        """Chain-of-thought prompts by file name, from a table or the original text files."""
+        table = "bbh/prompts/cot_prompts.jsonl.gz"
+        if (self.root / table).exists():
+            return {r["task"]: r["prompt"] for r in self._rows(table, {"task": str, "prompt": str})}
+        folders = (self.root / "bbh/cot-prompts", self.root / "cot-prompts")
+        return {
+            path.stem: path.read_text("utf-8").partition("-----\n")[2]
+            for folder in folders
+            for path in sorted(folder.glob("*.txt"))
+        }
 
-        @functools.cache
-        def load_test() -> list[dict]:
-            if file.endswith(".json"):
-                return read_json(self.root / file)["examples"]
-            return self._rows(file, {"input": str, "target": str})
+    def _bbh_task(self, name: str, parts: dict[str, str], prompt: str) -> Task:
+        description, *shots = re.split(r"\n\nQ: ", prompt.strip())
 
         def load(split: str) -> list[Example]:
-            return build(shots if split == "train" else load_test())
+            if split == "train":
+                return [_bbh_shot(f"{name}/shot/{i}", shot) for i, shot in enumerate(shots)]
+            examples = []
+            for part, file in parts.items():
+                rows = self._rows(file, {"input": str, "target": str})
+                labels = tuple(sorted({row["target"] for row in rows}))
+                labels = labels if 1 < len(labels) <= MAX_LABELS else ()
+                examples += [_bbh_example(f"{part}/{i}", r, labels) for i, r in enumerate(rows)]
+            return examples
 
-        return Task(f"bbh/{name}", "bbh", load, _QUESTION, metric="exact_match", held_out=True)
+        def ask(example: Example, shots: Sequence[Example], thought: bool) -> str:
+            blocks = [description] if description else []
+            for shot in shots:
+                said = BBH_CUE + shot.rationale if thought else shot.answer
+                blocks.append(f"Q: {shot.fields['question']}\nA: {said}")
+            asked = f"Q: {example.fields['question']}\nA:"
+            return "\n\n".join([*blocks, f"{asked} {BBH_CUE}" if thought else asked])
+
+        return Task(
+            f"bbh/{name}",
+            "bbh",
+            load,
+            _QUESTION,
+            metric="exact_match",
+            splits=("train", "test") if shots else ("test",),
+            origin=lambda: files_digest(self.root / file for file in parts.values()) + prompt,
+            held_out=True,
+            ask=ask,
+        )
 
     # the rest
     def dolly(self) -> Task | None:
@@ -339,22 +375,19 @@ def _solution(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def _bbh_shot(identity: str, text: str) -> Example:
+    """A solved question of a published prompt; the rationale keeps its white space."""
+    question, _, rationale = text.partition(f"\nA: {BBH_CUE}")
+    answer = rationale.strip().rpartition("So the answer is ")[2].removesuffix(".")
+    return Example(identity, {"question": question}, answer, rationale=rationale)
+
+
 def _bbh_example(identity: str, row: dict, labels: tuple[str, ...]) -> Example:
-    """Options come out of the text, so that every option style can show them again."""
-    if "input" not in row or "target" not in row:
-        raise BadRow(f"{identity}: input or target is missing")
-    question, target = row["input"], row["target"]
-    head, found, listed = question.partition("\nOptions:\n")
-    options, answer = labels if target in labels else (), target
-    if found:
-        pairs = re.findall(r"^(?:\(([A-Z])\)|-) ?(.+)$", listed, flags=re.M)
-        by_letter = {f"({letter})": text.strip() for letter, text in pairs if letter}
-        texts = tuple(text.strip() for _, text in pairs)
-        answer = by_letter.get(target, target)
-        if answer in texts and len(set(texts)) == len(texts):
-            question, options = head, texts
-        else:
-            options, answer = (), target
-    rationale = row.get("rationale", "")
-    rationale = re.sub(r"\s*So the answer is .*$", "", rationale.strip(), flags=re.S)
-    return Example(identity, {"question": question}, answer, options=options, rationale=rationale)
+    """The options are those that the question lists, as they are to be said, else the few labels
+    of the task."""
+    question, answer = row["input"], row["target"]
+    listed = question.partition("\nOptions:\n")[2]
+    pairs = re.findall(r"^(?:(\([A-Z]\))|-) ?(.+)$", listed, flags=re.M)
+    options = tuple(letter or text.strip() for letter, text in pairs) or labels
+    fits = answer in options and len(set(options)) == len(options)
+    return Example(identity, {"question": question}, answer, options=options if fits else ())

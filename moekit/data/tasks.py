@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import re
 import string
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +79,9 @@ class Task:
       splits: what `examples` can be asked for.
       origin: gives a digest of the files that the examples come from.
       held_out: kept out of every training mixture.
+      ask: a benchmark's published prompt instead of the templates: the input text of an example,
+        its exemplars, and whether to reason first.
+      sources: names of the data sets that it was made from, for decontamination.
     """
 
     name: str
@@ -92,6 +94,9 @@ class Task:
     origin: Callable[[], str] | None = field(default=None, repr=False, compare=False)
     held_out: bool = False
     size: int | None = None  # training examples, where known without loading them
+    ask: Callable[["Example", Sequence["Example"], bool], str] | None = field(
+        default=None, repr=False
+    )
     sources: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -176,23 +181,27 @@ def format_prompt(
       ValueError: the template names a field that the example does not have, or the task has no
         inverted templates.
     """
-    wordings = task.inverted if inverted else task.templates
-    if not wordings:
-        raise ValueError(f"task {task.name} has no inverted templates")
-    wording = wordings[template % len(wordings)]
     kind = {"options": options, "cot": chain_of_thought, "inverted": inverted, "style": style}
-    parts = []
-    for shot in shots:
-        text, target, _ = _render(task, wording, shot, template, **kind)
-        parts.append(f"{text}\n{target}\n\n")
-    text, target, said = _render(task, wording, example, template, **kind)
+    said: tuple[str, ...] = ()
+    if task.ask:
+        text, target = task.ask(example, shots, chain_of_thought), example.answer
+    else:
+        wordings = task.inverted if inverted else task.templates
+        if not wordings:
+            raise ValueError(f"task {task.name} has no inverted templates")
+        wording, parts = wordings[template % len(wordings)], []
+        for shot in shots:
+            text, target, _ = _render(task, wording, shot, template, **kind)
+            parts.append(f"{text}\n{target}\n\n")
+        text, target, said = _render(task, wording, example, template, **kind)
+        text = "".join([*parts, text])
     lettered = said and said[0] not in example.options
-    answers = (target,) if lettered or chain_of_thought or inverted else ()
+    answers = (target,) if lettered or inverted else ()
     references = answers or (target, *(r for r in example.references if r != target))
     if chain_of_thought:
         references = (example.answer, *example.references)
     return Prompt(
-        input="".join([*parts, text]),
+        input=text,
         target=target,
         references=references,
         options=() if chain_of_thought or inverted else said or example.options,
@@ -230,11 +239,5 @@ def _render(task, wording, example, template, *, options, cot, inverted, style):
             target = said[example.options.index(example.answer)]
     if cot:
         text += "\n" + COT_CUES[template % len(COT_CUES)]
-        target = f"{example.rationale} The answer is {example.answer}.".strip()
+        target = f"{example.rationale} The answer is {target}.".strip()
     return text, target, said
-
-
-def extract_answer(text: str) -> str:
-    """What follows the last "answer is" of a chain of thought, or the whole text."""
-    found = re.findall(r"answer is:?\s*(.+?)\s*(?:\.\s|\.?$)", text, flags=re.I | re.S)
-    return found[-1] if found else text.strip()

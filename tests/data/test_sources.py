@@ -144,25 +144,6 @@ def mirror(root):
     return root
 
 
-def test_suites_of_a_folder(tmp_path):
-    root = mirror(tmp_path)
-    held_out = mk.suite("niv2-test", data_dir=root)
-    assert [t.name for t in held_out.tasks] == ["niv2/task2"] and held_out.split == "test"
-    assert held_out.tasks[0].examples("test")[0].options == ("n", "y")
-    valid = mk.suite("niv2-valid", data_dir=root)
-    assert len(valid.tasks[0].examples(valid.split)) == 4
-    question = mk.suite("bbh", data_dir=root).tasks[0].examples("test")[0]
-    assert question.options == ("x", "y") and question.answer == "y"
-    assert "Options" not in question.fields["question"]
-    assert mk.suite("boolq", data_dir=root).tasks[0].examples("test")[2].answer == "c"
-    with pytest.raises(ValueError, match="did you mean 'bbh'"):
-        mk.suite("bbhh")
-    with pytest.raises(FileNotFoundError, match="has no piqa"):
-        mk.suite("piqa", data_dir=root)
-    assert all(t.held_out for t in mk.suite("builtin").tasks)
-    assert not any(t.held_out for t in mk.suite("builtin-heldin").tasks)
-
-
 def test_bad_answers_name_the_row(tmp_path):
     root = mirror(tmp_path)
     write(root / "mc/boolq/test.jsonl.gz", [{"question": "q", "choices": ["a"], "answer": 1}])

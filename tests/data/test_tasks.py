@@ -5,7 +5,6 @@ from moekit.data.tasks import (
     Example,
     Task,
     Template,
-    extract_answer,
     format_prompt,
 )
 
@@ -53,10 +52,6 @@ def test_chain_of_thought():
     prompt = format_prompt(TASK, ASKED, chain_of_thought=True, options=False)
     assert prompt.target == "Nothing and 3 are 3. The answer is 3."
     assert prompt.options == () and prompt.references == ("3", "three")
-    assert extract_answer(prompt.target) == "3"
-    assert extract_answer("So the answer is: (B).") == "(B)"
-    assert extract_answer("Then 3.5. The answer is 3.5") == "3.5"
-    assert extract_answer(" just this ") == "just this"
 
 
 def test_inversion():
