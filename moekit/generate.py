@@ -17,6 +17,7 @@ from tqdm import tqdm
 from moekit.data.pipeline import pad_prompts
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
+from moekit.hosts import to_host
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import row_shards, split_rows
 
@@ -138,7 +139,7 @@ def generate(
         inputs, segments = np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)
         inputs, segments = split_rows((inputs, segments), model.mesh)
         noise = jax.random.fold_in(key, number)
-        out = np.asarray(run(state, inputs, segments, noise, temperature))
+        out = to_host(run(state, inputs, segments, noise, temperature))
         for i, ids in zip(group, out, strict=False):
             answers[i] = tokenizer.decode(ids)
     return answers

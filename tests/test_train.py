@@ -264,8 +264,10 @@ def test_every_mesh_trains_alike():
     ]
     for metrics in others:
         for name in ("loss", "grad_norm", "encoder_max_violation", "decoder_dropped"):
-            # Adafactor divides small gradients by their size, and their rounding errors with them
-            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3, atol=1e-6)
+            # Adafactor divides small gradients by their size, and their rounding errors with them:
+            # equal words that two experts like equally well may change sides
+            atol = 0.05 if "violation" in name else 1e-6
+            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3, atol=atol)
 
 
 def test_one_program_serves_all_steps():

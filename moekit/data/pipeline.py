@@ -5,6 +5,8 @@ B batch, L input length, T target length. A source is anything with
 or a `Mixture`. Batch i is a function of seed, i and the source.
 """
 
+import copy
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,11 +50,23 @@ def batches(
 ):
     """A grain iterator of packed `Batch`es with get_state() and set_state() for exact resume.
 
-    `shard` (i, n) takes every n-th example from i. Without `repeat` it ends after one pass, the
-    last batch filled up with padding.
+    The global batch is the concatenation of `data_shards(batch_size)` packed streams. `shard`
+    (i, n) gives part i of n of its rows, and reads only their streams. Without `repeat` it ends
+    after one pass, filled up with padding.
+
+    Raises:
+      ValueError: n does not divide the number of streams.
     """
     import grain
 
+    streams = data_shards(batch_size)
+    i, n = shard
+    if streams % n:
+        raise ValueError(
+            f"a batch of {batch_size} rows cannot be read by {n} processes: use rows or processes "
+            "so that the latter divide the former, at most 64"
+        )
+    rows = batch_size // streams
     pairs = source.token_pairs(
         tokenizer,
         input_length=input_length,
@@ -62,19 +76,55 @@ def batches(
         shuffle=shuffle,
         repeat=repeat,
     )
-    with warnings.catch_warnings():
-        # grain warns that an infinite dataset cannot be sliced evenly; ours needs no even ends
-        warnings.simplefilter("ignore")
-        pairs = pairs[shard[0] :: shard[1]] if shard[1] > 1 else pairs
-    packed = grain.experimental.FirstFitPackIterDataset(
-        pairs.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)),
-        length_struct={"inputs": input_length, "targets": target_length},
-        num_packing_bins=max(2 * batch_size, 16),
-        seed=seed,
-        shuffle_bins=shuffle,
-    )
-    grouped = packed.batch(batch_size, batch_fn=lambda rows: _stack(rows, batch_size))
-    return iter(grouped)
+
+    def stream(j):
+        with warnings.catch_warnings():
+            # grain warns that an infinite dataset cannot be sliced evenly; ours needs no even ends
+            warnings.simplefilter("ignore")
+            own = pairs[j::streams] if streams > 1 else pairs
+        packed = grain.experimental.FirstFitPackIterDataset(
+            own.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
+            length_struct={"inputs": input_length, "targets": target_length},
+            num_packing_bins=max(2 * rows, 16),
+            seed=seed,
+            shuffle_bins=shuffle,
+        )
+        return iter(packed.batch(rows, batch_fn=lambda some: _stack(some, rows)))
+
+    return _Joined({j: stream(j) for j in range(i * streams // n, (i + 1) * streams // n)})
+
+
+def data_shards(batch_size: int) -> int:
+    """Of how many independent streams a batch is made: a function of its rows alone."""
+    return math.gcd(batch_size, 64)
+
+
+class _Joined:
+    """Batches side by side, until all streams have ended."""
+
+    def __init__(self, streams: dict[int, Any]):
+        self._streams = streams
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        parts = [next(stream, None) for stream in self._streams.values()]
+        if not any(parts):
+            raise StopIteration
+        blank = jax.tree.map(np.zeros_like, next(filter(None, parts)))
+        return jax.tree.map(lambda *p: np.concatenate(p), *(part or blank for part in parts))
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(j): copy.deepcopy(s.get_state()) for j, s in self._streams.items()}
+
+    def set_state(self, states: dict[str, Any]) -> None:
+        for j, stream in self._streams.items():
+            stream.set_state(states[str(j)])
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
 
 
 def _stack(rows: Sequence[dict], batch_size: int) -> Batch:
