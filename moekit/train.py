@@ -1,6 +1,7 @@
 """The training loop: log, progress, evaluation, checkpoints, guards."""
 
 import functools
+import itertools
 import math
 import signal
 import time
@@ -28,6 +29,7 @@ from moekit.sharding import row_shards
 from moekit.step import compiled_step, token_losses
 
 EVAL_BATCHES = 16  # of a validation loss
+_CALLS = itertools.count(1)
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
 
 
@@ -311,7 +313,8 @@ def train(
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     _check(model, config, tokenizer)
     trainer = _Trainer(model, source, config, tokenizer, workdir)
-    _check_alike(trainer.facts())
+    if jax.process_count() > 1:
+        _check_alike(trainer.facts())
     if workdir:
         trainer.open(resume)
     bar = {"desc": f"train {model.cfg.name}", "unit": "step", "total": config.steps}
@@ -330,7 +333,7 @@ def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
     while trainer.done < config.steps:
         trainer.advance()
         done, last = trainer.done, trainer.done == config.steps
-        stopping = stop.agreed(done)
+        stopping = stop.agreed()
         bar.update()
         if done % config.log_every == 0 or last or stopping:
             row = trainer.flush(since)
@@ -366,10 +369,11 @@ class _Stop:
             pass  # not the main thread: signals are somebody else's
         return self
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after every one."""
+    def agreed(self) -> bool:
+        """Whether to stop now; to be asked after every step."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # calls since the start of the process, for a notice may come before the first step
+            return multihost_utils.reached_preemption_sync_point(next(_CALLS))
         return self.asked
 
     def _ask(self, number, frame):
