@@ -25,7 +25,8 @@ from moekit.analysis.specialization import Specialization, domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
 from moekit.config import ModelConfig, StudyConfig, TrainConfig, preset
 from moekit.data.corruption import Corpus
-from moekit.data.flan import Formats, Mixture, flan_mixture
+from moekit.data.flan import flan_mixture
+from moekit.data.mixture import Formats, Mixture
 from moekit.data.pipeline import batches, unigram_entropy
 from moekit.data.sources import corpus as open_corpus
 from moekit.data.sources import data_dir

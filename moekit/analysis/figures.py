@@ -20,7 +20,7 @@ from moekit.analysis.specialization import (
     token_specialization,
 )
 from moekit.analysis.trace import RouterTrace
-from moekit.data.flan import Mixture
+from moekit.data.mixture import Mixture
 from moekit.data.pipeline import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.metrics import Metrics

@@ -41,6 +41,11 @@ class Corpus:
     def domains(self) -> tuple[str, ...]:
         return tuple(sorted({d.domain for d in self.documents("train")}))
 
+    def labels(self, split: str) -> tuple[tuple[str, str], ...]:
+        """(domain, corpus) of each domain of a split, for statistics."""
+        domains = {d.domain for d in self.documents(split)}
+        return tuple((domain, self.name) for domain in sorted(domains))
+
     def digest(self) -> str:
         """Twelve hexadecimal digits that name the training text."""
         sha = hashlib.sha256()
@@ -59,26 +64,24 @@ class Corpus:
         shuffle: bool = True,
         repeat: bool = True,
     ):
-        """Corrupted chunks as a grain dataset of {"inputs", "targets"}, end of sequence included.
+        """Corrupted chunks as a grain dataset of {"inputs", "targets"}, end of sequence included,
+        with "task", the number of the domain's label, and "lost", which is 0: nothing is cut.
 
         Every document is cut into chunks whose corrupted inputs just fill input_length. Spans are
         drawn anew in each epoch.
         """
         import grain
 
-        length = chunk_length(input_length, target_length)
-        chunks = _chunks(self, split, tokenizer, length)
+        chunks = _chunks(self, split, tokenizer, chunk_length(input_length, target_length))
 
-        def corrupt(chunk, rng: np.random.Generator):
-            pair = span_corruption(chunk(), rng, tokenizer=tokenizer)
-            return {
-                name: np.append(ids[: limit - 1], np.int32(EOS))
-                for name, ids, limit in zip(
-                    ("inputs", "targets"), pair, (input_length, target_length), strict=True
-                )
-            }
+        def corrupt(i: int, rng: np.random.Generator) -> dict:
+            tokens, domain = chunks[i]
+            inputs, targets = span_corruption(tokens, rng, tokenizer=tokenizer)
+            end = np.int32(EOS)
+            pair = {"inputs": np.append(inputs, end), "targets": np.append(targets, end)}
+            return pair | {"task": domain, "lost": 0}
 
-        dataset = grain.MapDataset.source(chunks).seed(seed)
+        dataset = grain.MapDataset.source(range(len(chunks))).seed(seed)
         dataset = dataset.shuffle() if shuffle else dataset
         dataset = dataset.repeat() if repeat else dataset
         return dataset.random_map(corrupt)
@@ -93,10 +96,10 @@ def _documents(corpus: Corpus, split: str) -> Sequence[Document]:
 
 
 class _Chunks:
-    """Random access to the chunks of tokenized documents, as functions so grain copies nothing."""
+    """Random access to the chunks of tokenized documents: token ids and number of the domain."""
 
-    def __init__(self, tokens: Sequence[np.ndarray], length: int):
-        self._tokens, self._length = tokens, length
+    def __init__(self, tokens: Sequence[np.ndarray], domains: Sequence[int], length: int):
+        self._tokens, self._domains, self._length = tokens, domains, length
         # a tail shorter than a span teaches nothing
         starts = [range(0, max(1, len(ids) - int(MEAN_SPAN)), length) for ids in tokens]
         self._index = [(d, start) for d, each in enumerate(starts) for start in each]
@@ -104,9 +107,9 @@ class _Chunks:
     def __len__(self):
         return len(self._index)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Int[np.ndarray, "length"], int]:
         document, start = self._index[i]
-        return lambda: self._tokens[document][start : start + self._length]
+        return self._tokens[document][start : start + self._length], self._domains[document]
 
 
 @lru_cache(maxsize=8)
@@ -120,7 +123,9 @@ def _tokenized(corpus: Corpus, split: str, tokenizer: Tokenizer) -> list[np.ndar
 
 @lru_cache(maxsize=16)
 def _chunks(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Chunks:
-    return _Chunks(_tokenized(corpus, split, tokenizer), length)
+    numbers = {domain: i for i, (domain, _) in enumerate(corpus.labels(split))}
+    domains = [numbers[d.domain] for d in corpus.documents(split)]
+    return _Chunks(_tokenized(corpus, split, tokenizer), domains, length)
 
 
 def _noise(length: int, rate: float, mean_span: float) -> tuple[int, int]:

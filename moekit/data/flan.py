@@ -3,29 +3,15 @@
 A task's share of its sub-mixture is min(cap, examples) over the sum of these (Longpre 2023).
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from moekit.data.mirror import Mirror
-from moekit.data.tasks import Example, Prompt, Task, format_prompt
+from moekit.data.mixture import Formats, Mixture
+from moekit.data.tasks import Task
 from moekit.errors import unknown
-
-
-@dataclass(frozen=True)
-class Formats:
-    """How often a sub-mixture shows its examples in which form; shares of all examples."""
-
-    few_shot: float = 0.5
-    no_options: float = 0.5
-    chain_of_thought: float = 0.0  # of the examples that have a rationale
-    inverted: float = 0.0  # of the tasks that have inverted templates
-    max_shots: int = 3
-
 
 # input inversion stands at rate 0.3 beside 1 inside chain of thought and dialog
 _INVERTED = 0.3 / 1.3
@@ -54,146 +40,6 @@ FLAN2022 = {
 # mostly short prompts: a nano model learns from many examples in the tour's few minutes
 BUILTIN_FORMATS = Formats(few_shot=0.1, no_options=0.75, chain_of_thought=0.05, inverted=0.02)
 NAMES = ("builtin", "flan2022")
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Tasks with normalised rates; iterate it through `token_pairs`, look into it with `sample`."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    weights: tuple[float, ...]
-    formats: tuple[Formats, ...]
-    parts: tuple[str, ...]  # the sub-mixture of each task
-
-    def __post_init__(self):
-        if not self.tasks:
-            raise ValueError(f"mixture {self.name!r} has no tasks")
-        names = [task.name for task in self.tasks]
-        if len(set(names)) < len(names):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            raise ValueError(f"mixture {self.name!r} has tasks twice: {', '.join(twice)}")
-        for task, weight in zip(self.tasks, self.weights, strict=True):
-            if not weight > 0 or not np.isfinite(weight):
-                raise ValueError(f"rate of task {task.name} is {weight}; use a number above 0")
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Share of each task among all examples; they sum to 1."""
-        total = sum(self.weights)
-        return {t.name: w / total for t, w in zip(self.tasks, self.weights, strict=True)}
-
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that name tasks, rates and formats."""
-        text = repr([sorted(self.rates.items()), self.formats])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def describe(self) -> str:
-        """A table of sub-mixtures and clusters: tasks, training examples, rate."""
-        groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for task, part in zip(self.tasks, self.parts, strict=True):
-            row = (task.train_size, self.rates[task.name])
-            groups.setdefault((part, task.cluster), []).append(row)
-        lines = [f"{'sub-mixture':12} {'cluster':32} {'tasks':>6} {'examples':>9} {'rate':>7}"]
-        for (part, cluster), rows in groups.items():
-            count, rate = sum(r[0] for r in rows), sum(r[1] for r in rows)
-            lines.append(f"{part:12} {cluster[:32]:32} {len(rows):6} {count:9,} {rate:7.2%}")
-        total = sum(task.train_size for task in self.tasks)
-        lines.append(f"{'all':12} {'':32} {len(self.tasks):6} {total:9,} {1:7.2%}")
-        return "\n".join(lines)
-
-    def prompts(
-        self,
-        *,
-        seed: int = 0,
-        split: str = "train",
-        shuffle: bool = True,
-        repeat: bool = True,
-        fits=None,
-    ):
-        """A grain dataset of prompts, each task in its own order, mixed by rate.
-
-        `fits(prompt)` decides whether a few-shot prompt may stay as long as it is; exemplars are
-        left out until it does.
-        """
-        import grain
-
-        datasets = []
-        for i, (task, formats) in enumerate(zip(self.tasks, self.formats, strict=True)):
-            examples = task.examples(split)
-            dataset = grain.MapDataset.source(range(len(examples))).seed(seed * 100_003 + i)
-            dataset = dataset.shuffle() if shuffle else dataset
-            dataset = dataset.repeat() if repeat else dataset
-            datasets.append(dataset.random_map(_Formatter(task, formats, split, fits)))
-        if not repeat:
-            return grain.MapDataset.concatenate(datasets)
-        return grain.MapDataset.mix(datasets, weights=list(self.rates.values()))
-
-    def sample(self, n: int, *, seed: int = 0, split: str = "train") -> list[Prompt]:
-        """The first n prompts of the stream that training with this seed sees."""
-        stream = self.prompts(seed=seed, split=split)
-        return [stream[i] for i in range(n)]
-
-    def token_pairs(
-        self,
-        tokenizer,
-        *,
-        input_length,
-        target_length,
-        seed,
-        split="train",
-        shuffle=True,
-        repeat=True,
-    ):
-        """Prompts as a grain dataset of {"inputs", "targets"} token ids."""
-        from moekit.data.pipeline import tokenize_prompt
-
-        lengths = {"input_length": input_length, "target_length": target_length}
-
-        def fits(prompt: Prompt) -> bool:
-            return len(tokenizer.encode(prompt.input)) < input_length
-
-        prompts = self.prompts(seed=seed, split=split, shuffle=shuffle, repeat=repeat, fits=fits)
-        if not repeat and shuffle:
-            prompts = prompts.seed(seed).shuffle()
-        return prompts.map(lambda prompt: tokenize_prompt(prompt, tokenizer, **lengths))
-
-
-@dataclass(frozen=True)
-class _Formatter:
-    """An example's index and a generator to a prompt."""
-
-    task: Task
-    formats: Formats
-    split: str
-    fits: object
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Prompt:
-        example = self.task.examples(self.split)[index]
-        inverted = bool(self.task.inverted) and rng.random() < self.formats.inverted
-        thought = bool(example.rationale) and rng.random() < self.formats.chain_of_thought
-        kwargs = {
-            "template": int(rng.integers(1000)),
-            "style": int(rng.integers(1000)),
-            "options": rng.random() >= self.formats.no_options,
-            "inverted": inverted,
-            "chain_of_thought": thought and not inverted,
-        }
-        shots = self._shots(example, rng, thought)
-        while True:
-            prompt = format_prompt(self.task, example, shots=shots, **kwargs)
-            if not shots or self.fits is None or self.fits(prompt):
-                return prompt
-            shots = shots[1:]
-
-    def _shots(self, example: Example, rng: np.random.Generator, thought: bool) -> list[Example]:
-        if rng.random() >= self.formats.few_shot:
-            return []
-        pool = self.task.examples("train")
-        wanted = int(rng.integers(1, self.formats.max_shots + 1))
-        drawn = rng.choice(len(pool), min(wanted + 1, len(pool)), replace=False)
-        others = (pool[i] for i in drawn if pool[i].id != example.id)
-        return [shot for shot in others if shot.rationale or not thought][:wanted]
 
 
 def flan_mixture(

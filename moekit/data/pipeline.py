@@ -1,13 +1,11 @@
-"""From examples to batches of fixed shape: tokenize, pack, batch, resume (grain).
+"""From examples to batches of fixed shape: tokenize, pack, shard, resume.
 
-B batch, L input length, T target length. A source is anything with
-`token_pairs(tokenizer, *, input_length, target_length, seed, split, shuffle, repeat)`: a `Corpus`
-or a `Mixture`. Batch i is a function of seed, i and the source.
+B batch, L input length, T target length. A source is a `Corpus` or a `Mixture`, or anything with
+their `token_pairs` and `labels`. Batch i is a function of seed, i and the source, whatever the
+number of processes: by definition its rows come in equal parts from S = gcd(B, 64) data shards.
+Shard s packs the examples s, s + S, .. of the source, and a process reads the shards of its rows.
 """
 
-import copy
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -47,115 +45,50 @@ def batches(
     shuffle: bool = True,
     repeat: bool = True,
     shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
 ):
-    """A grain iterator of packed `Batch`es with get_state() and set_state() for exact resume.
+    """The `Stream` of packed batches of a source.
 
-    The global batch is the concatenation of `data_shards(batch_size)` packed streams. `shard`
-    (i, n) gives part i of n of its rows, and reads only their streams. Without `repeat` it ends
-    after one pass, filled up with padding.
+    Without `repeat` it ends after one pass, filled up with empty rows.
+
+    Args:
+      batch_size: rows of the global batch.
+      shard: (i, n) is process i of n: it gets rows i * B / n to (i + 1) * B / n of every batch.
+      workers: processes that read ahead, for hosts with cores to spare; 0 is a thread. They are
+        spawned: a script needs its `if __name__ == "__main__":`, a notebook nothing.
 
     Raises:
-      ValueError: n does not divide the number of streams.
+      ValueError: shards cannot be divided among so many processes or workers.
     """
-    import grain
+    from moekit.data.stream import MAX_SHARDS, Plan, Stream, data_shards
 
-    streams = data_shards(batch_size)
-    i, n = shard
-    if streams % n:
+    shards, (process, processes) = data_shards(batch_size), shard
+    if shards % processes or (shards // processes) % max(1, workers):
         raise ValueError(
-            f"a batch of {batch_size} rows cannot be read by {n} processes: use rows or processes "
-            "so that the latter divide the former, at most 64"
+            f"a batch of {batch_size} rows is made of {shards} data shards, which {processes} "
+            f"processes of {workers} workers cannot share evenly: use numbers that divide {shards}"
+            f", or a batch size that is a multiple of {MAX_SHARDS}"
         )
-    rows = batch_size // streams
-    pairs = source.token_pairs(
-        tokenizer,
-        input_length=input_length,
-        target_length=target_length,
-        seed=seed,
-        split=split,
-        shuffle=shuffle,
-        repeat=repeat,
-    )
-
-    def stream(j):
-        with warnings.catch_warnings():
-            # grain warns that an infinite dataset cannot be sliced evenly; ours needs no even ends
-            warnings.simplefilter("ignore")
-            own = pairs[j::streams] if streams > 1 else pairs
-        packed = grain.experimental.FirstFitPackIterDataset(
-            own.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
-            length_struct={"inputs": input_length, "targets": target_length},
-            num_packing_bins=max(2 * rows, 16),
-            seed=seed,
-            shuffle_bins=shuffle,
-        )
-        return iter(packed.batch(rows, batch_fn=lambda some: _stack(some, rows)))
-
-    return _Joined({j: stream(j) for j in range(i * streams // n, (i + 1) * streams // n)})
-
-
-def data_shards(batch_size: int) -> int:
-    """Of how many independent streams a batch is made: a function of its rows alone."""
-    return math.gcd(batch_size, 64)
-
-
-class _Joined:
-    """Batches side by side, until all streams have ended."""
-
-    def __init__(self, streams: dict[int, Any]):
-        self._streams = streams
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> Batch:
-        parts = [next(stream, None) for stream in self._streams.values()]
-        if not any(parts):
-            raise StopIteration
-        blank = jax.tree.map(np.zeros_like, next(filter(None, parts)))
-        return jax.tree.map(lambda *p: np.concatenate(p), *(part or blank for part in parts))
-
-    def get_state(self) -> dict[str, Any]:
-        return {str(j): copy.deepcopy(s.get_state()) for j, s in self._streams.items()}
-
-    def set_state(self, states: dict[str, Any]) -> None:
-        for j, stream in self._streams.items():
-            stream.set_state(states[str(j)])
-
-    def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-
-def _stack(rows: Sequence[dict], batch_size: int) -> Batch:
-    """Packed rows as a Batch, filled up with empty rows."""
-
-    def field(name: str) -> np.ndarray:
-        stacked = np.stack([row[name] for row in rows]).astype(np.int32)
-        return np.pad(stacked, ((0, batch_size - len(rows)), (0, 0)))
-
-    segments = field("targets_segment_ids")
-    return Batch(
-        inputs=field("inputs"),
-        input_segments=field("inputs_segment_ids"),
-        input_positions=field("inputs_positions"),
-        targets=field("targets"),
-        target_segments=segments,
-        target_positions=field("targets_positions"),
-        loss_weights=(segments > 0).astype(np.float32),
-    )
+    lengths = {"input_length": input_length, "target_length": target_length}
+    order = {"seed": seed, "split": split, "shuffle": shuffle, "repeat": repeat}
+    pairs, labels = source.token_pairs(tokenizer, **lengths, **order), source.labels(split)
+    limits, own = (input_length, target_length), shards // processes
+    plan = Plan(pairs, limits, len(labels), shards, batch_size // shards)
+    return Stream(plan, labels, range(process * own, (process + 1) * own), workers)
 
 
 def tokenize_prompt(
     prompt: Prompt, tokenizer: Tokenizer, *, input_length: int, target_length: int
-) -> dict[str, Int[np.ndarray, "length"]]:
-    """Ids of a prompt. What does not fit is cut: inputs from the left, for the question stands
-    last; targets from the right. Both end with end of sequence."""
-    inputs = tokenizer.encode(prompt.input)[-(input_length - 1) :]
-    targets = tokenizer.encode(prompt.target)[: target_length - 1]
+) -> dict[str, Any]:
+    """Token ids "inputs" and "targets" of a prompt, and how many tokens were "lost". What does not
+    fit is cut: inputs from the left, for the question stands last; targets from the right. Both
+    end with end of sequence."""
+    inputs, targets = tokenizer.encode(prompt.input), tokenizer.encode(prompt.target)
+    kept = inputs[-(input_length - 1) :], targets[: target_length - 1]
     return {
-        "inputs": np.array([*inputs, EOS], np.int32),
-        "targets": np.array([*targets, EOS], np.int32),
+        "inputs": np.array([*kept[0], EOS], np.int32),
+        "targets": np.array([*kept[1], EOS], np.int32),
+        "lost": len(inputs) + len(targets) - len(kept[0]) - len(kept[1]),
     }
 
 

@@ -1,5 +1,8 @@
+import pickle
+
 import pytest
-from hypothesis import given
+import sentencepiece
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.data.tokenizer import (
@@ -28,6 +31,35 @@ def test_bytes_round_trip(text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode([*ids, tokenizer.eos_id, 0, 0]) == text
     assert all(3 <= i < 259 for i in ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(), max_size=4).map("\n".join))
+def test_pieces_round_trip(pieces, text):
+    text = text.replace("\u2581", " ")  # SentencePiece's own mark of a space
+    ids = pieces.encode(text)
+    assert pieces.decode([*ids, pieces.eos_id, 0]) == text
+    assert len(pieces.encode(f"{text}\n\n{text}")) == 2 * len(ids) + 2  # lines do not touch
+    assert pickle.loads(pickle.dumps(pieces)).encode(text) == ids
+
+
+def test_t5s_kind_folds_whitespace(tmp_path):
+    path = tmp_path / "t5.model"
+    with path.open("wb") as file:  # as T5's own: normalised, no byte pieces
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(TEXT),
+            model_writer=file,
+            vocab_size=300,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    tokenizer = SentencePieceTokenizer(path)
+    for text in TEXT[:9]:
+        loose = text.replace(" ", "\n\n  ", 3) + "\n"
+        assert tokenizer.decode(tokenizer.encode(loose)) == text
 
 
 def test_special_ids_are_t5s(pieces):
