@@ -11,10 +11,12 @@ _PANELS = (
     ("auxiliary loss", ("balance", "router_z")),
     ("maximal violation of balance", ("encoder_max_violation", "decoder_max_violation")),
     ("share of tokens dropped", ("encoder_dropped", "decoder_dropped")),
+    ("share of slots filled", ("input_fill", "target_fill")),
     ("score", ()),  # whatever callbacks add
 )
 _KNOWN = {key for _, keys in _PANELS for key in keys} | {
     *("step", "z_loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"),
+    "packing_efficiency",  # the larger of the two
     *(f"{stack}_load_entropy" for stack in ("encoder", "decoder")),
 }
 

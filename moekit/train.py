@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from moekit.checkpoint import Checkpoints, differing, restore_model, to_json
 from moekit.config import TrainConfig
 from moekit.data.pipeline import Batch, batches
+from moekit.data.stats import Counts
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.hosts import gathered, is_first, join_rows, share_of_rows
 from moekit.metrics import Metrics
@@ -35,12 +36,14 @@ Callback = Callable[[int, EncoderDecoder], dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves: the model (the one given, now trained), its log, where it is kept."""
+    """What training leaves: the model (the one given, now trained), its log, where it is kept, and
+    what it read in this session, by task and cluster."""
 
     model: EncoderDecoder
     metrics: Metrics
     config: TrainConfig
     workdir: Path | None
+    data: Counts
 
 
 class NonFiniteLoss(ValueError):
@@ -99,6 +102,7 @@ class _Trainer:
         self.checkpoints = None
         self.metrics = Metrics(self.workdir / "metrics.jsonl" if workdir and is_first() else None)
         self.pending: list[dict] = []
+        self.counts = self.data = self.stream.take_counts()
         self.key = jax.random.key(config.seed)
 
     def advance(self) -> None:
@@ -110,6 +114,7 @@ class _Trainer:
         self.pending.append(report)
         self.done += 1
         self.position = self.stream.get_state()
+        self.counts += self.stream.take_counts()
         # the next batch is read and sent while the device computes
         self.ahead = self.read() if self.done < self.config.steps else None
         if self.model.mesh is not None and jax.default_backend() == "cpu":
@@ -139,9 +144,24 @@ class _Trainer:
             "learning_rate": self.rate(),
             "tokens": self.done * step_tokens,
             "tokens_per_second": len(reports) * step_tokens / seconds,
+            **self.what_was_read(),
         }
         self.metrics.add(row)
         return row
+
+    def what_was_read(self) -> dict:
+        """On all hosts since the last call: totals, and tokens of each cluster."""
+        parts = gathered([self.counts.rows, self.counts.table.tolist()])
+        copies = jax.process_count() // self.shape["shard"][1]  # processes that read the same
+        counts = replace(
+            self.counts,
+            rows=sum(rows for rows, _ in parts) // copies,
+            table=np.sum([table for _, table in parts], 0) // copies,
+        )
+        self.data, self.counts = self.data + counts, self.stream.take_counts()
+        clusters = counts.to_dict()["clusters"].items()
+        tokens = {name: c["input_tokens"] + c["target_tokens"] for name, c in clusters}
+        return counts.row() | {"cluster_tokens": tokens}
 
     def rate(self) -> float:
         return float(self.schedule(max(0, self.done - 1)))
@@ -325,7 +345,7 @@ def train(
         finally:
             trainer.sync()
             trainer.close()
-    return Run(model, trainer.metrics, config, trainer.workdir)
+    return Run(model, trainer.metrics, config, trainer.workdir, trainer.data)
 
 
 def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:

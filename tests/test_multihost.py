@@ -35,7 +35,8 @@ CONFIG = mk.TrainConfig(
 
 
 def build():
-    cfg = mk.preset("st-nano").replace(d_model=16, d_ff=32)
+    small = {"d_model": 16, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 1}
+    cfg = mk.preset("st-nano").replace(**small)
     return mk.EncoderDecoder(cfg, mesh=mk.make_mesh(data=2, expert=4))
 
 
