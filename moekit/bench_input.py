@@ -14,8 +14,6 @@ from moekit.data.mixture import Mixture
 from moekit.data.packing import propose_lengths
 from moekit.data.pipeline import batches
 from moekit.data.sources import corpus
-from moekit.data.stats import Counts
-from moekit.data.stream import Stream
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 PARTS = ("niv2", "cot", "dialog")
@@ -42,13 +40,11 @@ def unigram(mixture: Mixture, vocab_size: int = 8192) -> Tokenizer:
 
 
 def input_pipeline(
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path = "",
     *,
     input_length: int = 512,
     target_length: int = 128,
-    batch_size: int = 32,
     workers: int = 0,
-    seed: int = 0,
 ) -> tuple[dict, str]:
     """An epoch of `instructions` through `batches`: figures, and the same as text.
 
@@ -58,35 +54,31 @@ def input_pipeline(
     mixture = instructions()
     tokenizer = load_tokenizer(tokenizer) if tokenizer else unigram(mixture)
     lengths = {"input_length": input_length, "target_length": target_length}
-    options = {"batch_size": batch_size, "seed": seed, "workers": workers}
-    stream = batches(mixture, tokenizer, **lengths, **options)
-    counts, memory, seconds = _epoch(stream, sum(task.train_size for task in mixture.tasks))
-    stream.close()
-    speed = round(int(counts.table[:, 1:3].sum()) / seconds)
-    proposed = propose_lengths(mixture, tokenizer, seed=seed)
-    found = {"mixture": mixture.name, "tokenizer": tokenizer.digest(), **lengths, **options}
-    found |= {"seconds": round(seconds, 1), "tokens_per_second": speed, "rss_mib": memory}
-    text = (
-        f"{counts}\n{speed:,} tokens/s formatted, tokenized and packed with {workers or 'no'} "
-        f"workers on {os.cpu_count()} cores\nmemory {memory[0]:,.0f} MiB after the first batch, "
-        f"{memory[1]:,.0f} after a tenth of the epoch, {memory[-1]:,.0f} at its end\n{proposed}"
-    )
-    return found | {"proposed": asdict(proposed)} | counts.to_dict(), text
-
-
-def _epoch(stream: Stream, examples: int) -> tuple[Counts, list[float], float]:
-    """Counts and seconds of batches with so many examples, without the first; memory."""
+    stream = batches(mixture, tokenizer, **lengths, batch_size=32, seed=0, workers=workers)
+    epoch = sum(task.train_size for task in mixture.tasks)
     next(stream)
     stream.take_counts()
     counts, memory, start = stream.take_counts(), [_rss_mib()], time.perf_counter()
-    with tqdm(total=examples, desc="bench input", unit="example") as bar:
-        while (done := counts.row()["examples"]) < examples:
+    with tqdm(total=epoch, desc="bench input", unit="example") as bar:
+        while (done := counts.row()["examples"]) < epoch:
             next(stream)
             counts += stream.take_counts()
             bar.update(counts.row()["examples"] - done)
-            if done >= examples * len(memory) / 10:
+            if done >= epoch * len(memory) / 10:
                 memory.append(_rss_mib())
-    return counts, memory, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    stream.close()
+    proposed = propose_lengths(mixture, tokenizer)
+    found = {"mixture": mixture.name, "tokenizer": tokenizer.digest(), **lengths}
+    found |= {"workers": workers, "cores": os.cpu_count(), "seconds": round(seconds, 1)}
+    found["tokens_per_second"] = round(int(counts.table[:, 1:3].sum()) / seconds)
+    found |= {"rss_mib": memory, "proposed": asdict(proposed), **counts.to_dict()}
+    text = (
+        f"{counts}\n{found['tokens_per_second']:,} tokens/s formatted, tokenized and packed\n"
+        f"memory {memory[0]:,.0f} MiB after the first batch, {memory[-1]:,.0f} at the end\n"
+        f"{proposed}"
+    )
+    return found, text
 
 
 def _rss_mib() -> float:

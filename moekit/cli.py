@@ -241,19 +241,31 @@ class Data:
 
 @dataclass
 class Bench:
-    """Time the MoE layer against the dense FFN of equal FLOPs."""
+    """Time the MoE layer against the dense FFN of equal FLOPs, or the input pipeline."""
 
     what: Annotated[str, tyro.conf.Positional] = "layer"
+    """layer, or input: an epoch of NIv2, chain of thought and dialog of the data folder."""
     tokens: int = 4096
     d_model: int = 256
     d_ff: int = 704
     capacity_factor: float = 1.25
     repeats: int = 15
+    input_length: int = 512
+    target_length: int = 128
+    tokenizer: str = ""
+    """Path of a SentencePiece model for input; default one trained on the data folder and kept."""
+    workers: int = 0
+    """Processes that read ahead, for input."""
     json: bool = False
 
     def run(self) -> tuple[object, str]:
+        if self.what == "input":
+            from moekit.bench_input import input_pipeline
+
+            lengths = {"input_length": self.input_length, "target_length": self.target_length}
+            return input_pipeline(self.tokenizer, **lengths, workers=self.workers)
         if self.what != "layer":
-            raise unknown("benchmark", self.what, ("layer",))
+            raise unknown("benchmark", self.what, ("layer", "input"))
         from moekit import bench
 
         rows = bench.layer(

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from jaxtyping import Int
 
+from moekit.data.pipeline import shuffled
 from moekit.data.tokenizer import EOS, NUM_SENTINELS, Tokenizer
 
 RATE, MEAN_SPAN = 0.15, 3.0
@@ -81,10 +82,12 @@ class Corpus:
             pair = {"inputs": np.append(inputs, end), "targets": np.append(targets, end)}
             return pair | {"task": domain, "lost": 0}
 
-        dataset = grain.MapDataset.source(range(len(chunks))).seed(seed)
-        dataset = dataset.shuffle() if shuffle else dataset
+        dataset = grain.MapDataset.source(range(len(chunks)))
         dataset = dataset.repeat() if repeat else dataset
-        return dataset.random_map(corrupt)
+        if shuffle:
+            order = partial(shuffled, size=len(chunks), seed=seed)
+            dataset = dataset.map_with_index(order)
+        return dataset.random_map(corrupt, seed=seed % 2**32)
 
 
 @lru_cache(maxsize=32)

@@ -1,19 +1,17 @@
 """A mixture of tasks: its rates, and the stream of prompts and token ids that training sees."""
 
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-from jaxtyping import Int
 
-from moekit.data.pipeline import tokenize_prompt
+from moekit.data.pipeline import shuffled, tokenize_prompt
 from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
 from moekit.data.tokenizer import Tokenizer
 
 _WINDOW = 8192  # examples within which the mixture is shuffled
-_SMALL = 2**16  # up to so many examples a task's order is kept in memory
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,14 @@ class Mixture:
         datasets = []
         for number, task in enumerate(self.tasks):
             size = len(task.examples(split))
-            order = _Order(number, size, key(task.name) if shuffle else None)
+            if not size and repeat:
+                raise ValueError(f"task {task.name} has no examples in split {split!r}")
             dataset = grain.MapDataset.source(range(size))
             dataset = dataset.repeat() if repeat else dataset
-            datasets.append(dataset.map_with_index(order))
+            if shuffle:
+                order = partial(shuffled, size=size, seed=key(task.name))
+                dataset = dataset.map_with_index(order)
+            datasets.append(dataset.map(partial(_pair, number)))
         if not repeat:
             mixed = grain.MapDataset.concatenate(datasets)
             mixed = mixed.shuffle(seed=key("")) if shuffle else mixed
@@ -155,30 +157,8 @@ class _Tokenize:
         return tokenize_prompt(drawn[1], self.tokenizer, **lengths) | {"task": drawn[0]}
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The k-th draw of a task to its number and an example's: each once an epoch."""
-
-    task: int
-    size: int
-    seed: int | None
-
-    def __call__(self, k: int, _) -> tuple[int, int]:
-        epoch, i = divmod(k, self.size)
-        if self.seed is None:
-            return self.task, i
-        if self.size <= _SMALL:
-            return self.task, int(_permutation(self.seed, epoch, self.size)[i])
-        from grain.experimental import index_shuffle
-
-        # needs no memory, but walks through 2^16 numbers: slow for small tasks
-        seed = (self.seed + epoch) % 2**32
-        return self.task, index_shuffle(i, max_index=self.size - 1, seed=seed, rounds=4)
-
-
-@functools.lru_cache(maxsize=4096)
-def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
-    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+def _pair(task: int, example: int) -> tuple[int, int]:
+    return task, example
 
 
 @dataclass(frozen=True)

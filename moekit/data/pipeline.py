@@ -6,6 +6,7 @@ number of processes: by definition its rows come in equal parts from S = gcd(B, 
 Shard s packs the examples s, s + S, .. of the source, and a process reads the shards of its rows.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int
 
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, Tokenizer
+
+_SMALL = 2**13  # up to so many examples, their order is kept in memory
 
 
 @no_type_check  # a pytree: tree.map rebuilds it around leaves of any shape
@@ -77,6 +80,41 @@ def batches(
     return Stream(plan, labels, range(process * own, (process + 1) * own), workers)
 
 
+def stack(rows: Sequence[Sequence[Mapping]], limits: tuple[int, int]) -> Batch:
+    """Rows of packed examples, filled up with padding."""
+    sides = []
+    for name, length in zip(("inputs", "targets"), limits, strict=True):
+        ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, pair in enumerate(row, 1):
+                end = start + len(pair[name])
+                ids[r, start:end] = pair[name]
+                segments[r, start:end] = number
+                positions[r, start:end] = np.arange(end - start)
+                start = end
+        sides += [ids, segments, positions]
+    return Batch(*sides, loss_weights=(sides[4] > 0).astype(np.float32))
+
+
+def shuffled(k: int, _=None, *, size: int, seed: int) -> int:
+    """The k-th of endless draws from so many examples: each once an epoch, in an order of its own.
+
+    grain's shuffle needs no memory but walks through 2^16 numbers: slow for few examples.
+    """
+    epoch, i = divmod(k, size)
+    if size <= _SMALL:
+        return int(_permutation(seed % 2**32, epoch, size)[i])
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(i, max_index=size - 1, seed=(seed + epoch) % 2**32, rounds=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
+    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+
+
 def tokenize_prompt(
     prompt: Prompt, tokenizer: Tokenizer, *, input_length: int, target_length: int
 ) -> dict[str, Any]:
@@ -125,18 +163,7 @@ def pad_pairs(
     target_length: int,
 ) -> Batch:
     """One pair of token ids {"inputs", "targets"} a row, filled up with padding."""
-    inputs = _rectangle([pair["inputs"] for pair in pairs], input_length)
-    targets = _rectangle([pair["targets"] for pair in pairs], target_length)
-    return Batch(*inputs, *targets, loss_weights=targets[1].astype(np.float32))
-
-
-def _rectangle(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, ...]:
-    ids = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows])[:, None]
-    segments = (np.arange(length) < lengths).astype(np.int32)
-    return ids, segments, np.arange(length, dtype=np.int32) * segments
+    return stack([[pair] for pair in pairs], (input_length, target_length))
 
 
 def unigram_entropy(stream: Iterable[Batch], vocab_size: int) -> float:

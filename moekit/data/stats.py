@@ -1,7 +1,7 @@
 """What a stream of packed batches holds: examples and tokens by task and cluster, cut examples,
 how full its rows are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,23 +23,16 @@ class Counts:
     limits: tuple[int, int]
     rows: int
     table: Int[np.ndarray, "tasks columns"]
-    COLUMNS: ClassVar[int] = 5
+    COLUMNS: ClassVar = ("examples", "input_tokens", "target_tokens", "cut_examples", "cut_tokens")
 
     def __add__(self, other: "Counts") -> "Counts":
-        table = self.table + other.table
-        return Counts(self.labels, self.limits, self.rows + other.rows, table)
+        return replace(self, rows=self.rows + other.rows, table=self.table + other.table)
 
     def row(self) -> dict[str, int | float]:
-        """Totals: examples, cut examples, shares of the slots that hold real tokens."""
-        examples, inputs, targets, cut, lost = self.table.sum(0).tolist()
-        fills = [
-            tokens / max(1, self.rows * limit)
-            for tokens, limit in zip((inputs, targets), self.limits, strict=True)
-        ]
-        return {
-            "examples": examples,
-            "cut_examples": cut,
-            "cut_tokens": lost,
+        """Totals, and the shares of either side's slots that hold real tokens."""
+        totals = self.table.sum(0)
+        fills = (totals[1:3] / np.maximum(1, self.rows * np.array(self.limits))).tolist()
+        return dict(zip(self.COLUMNS, totals.tolist(), strict=True)) | {
             "input_fill": fills[0],
             "target_fill": fills[1],
             "packing_efficiency": max(fills),
@@ -47,30 +40,29 @@ class Counts:
 
     def to_dict(self) -> dict:
         """`row()` with "tasks" and "clusters": name to counts, of those that occurred."""
-        found = {"tasks": {}, "clusters": {}} | self.row()
-        names = ("examples", "input_tokens", "target_tokens", "cut_examples", "cut_tokens")
-        for (task, cluster), counts in zip(self.labels, self.table.tolist(), strict=True):
-            if counts[0]:
-                found["tasks"][task] = dict(zip(names, counts, strict=True))
-                former = found["clusters"].get(cluster, dict.fromkeys(names, 0))
-                summed = {name: former[name] + n for name, n in zip(names, counts, strict=True)}
-                found["clusters"][cluster] = summed
-        return found
+        groups: dict[str, dict] = {"tasks": {}, "clusters": {}}
+        for names, counts in zip(self.labels, self.table, strict=True):
+            for group, name in zip(groups.values(), names, strict=True):
+                if counts[0]:
+                    group[name] = group.get(name, 0) + counts
+        return self.row() | {
+            kind: {n: dict(zip(self.COLUMNS, c.tolist(), strict=True)) for n, c in group.items()}
+            for kind, group in groups.items()
+        }
 
     def __str__(self) -> str:
-        """A table of clusters, then the tasks with cut examples."""
+        """A table of clusters, then the tasks with most cut examples."""
         found = self.to_dict()
-        lines = [f"{'cluster':32} {'examples':>9} {'inputs':>11} {'targets':>10} {'cut':>7}"]
+        lines = [
+            f"{'cluster':32} {'examples':>9} {'inputs':>11} {'targets':>10} {'cut':>7} {'lost':>9}"
+        ]
         for name, c in sorted(found["clusters"].items(), key=lambda x: -x[1]["examples"]):
-            lines.append(
-                f"{name[:32]:32} {c['examples']:9,} {c['input_tokens']:11,} "
-                f"{c['target_tokens']:10,} {c['cut_examples']:7,}"
-            )
-        lines.append(
-            f"{found['examples']:,} examples in {self.rows:,} rows: inputs "
+            cells = zip(c.values(), (9, 11, 10, 7, 9), strict=True)
+            lines.append(f"{name[:32]:32} " + " ".join(f"{n:{width},}" for n, width in cells))
+        cut = sorted((-c["cut_examples"], n) for n, c in found["tasks"].items() if c["cut_tokens"])
+        worst = ", ".join(f"{-count:,} of {name}" for count, name in cut[:5])
+        return "\n".join(lines) + (
+            f"\n{found['examples']:,} examples in {self.rows:,} rows: inputs "
             f"{found['input_fill']:.1%} full, targets {found['target_fill']:.1%}; "
-            f"{found['cut_examples']:,} examples were cut"
+            f"{found['cut_examples']:,} examples were cut" + (f": {worst}, .." if worst else "")
         )
-        cut = {name: c["cut_examples"] for name, c in found["tasks"].items() if c["cut_examples"]}
-        lines += [f"  {n:,} of {name}" for name, n in sorted(cut.items(), key=lambda x: -x[1])[:8]]
-        return "\n".join(lines)

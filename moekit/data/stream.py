@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from absl import flags
 from jaxtyping import Int
 
 from moekit.data.packing import WINDOW, Packer, Sized
-from moekit.data.pipeline import Batch
+from moekit.data.pipeline import Batch, stack
 from moekit.data.stats import Counts
 
 MAX_SHARDS = 64  # of a batch, so the most processes that can share one
@@ -76,28 +77,28 @@ class Plan:
 class _Rows(grain.IterDataset):
     """Some shards' rows of each batch, with the shards' states after it and its counts."""
 
-    def __init__(self, plan: Plan, shards: Sequence[int], states: Mapping[str, str]):
+    def __init__(self, *arguments):
         super().__init__()
-        self.plan, self.shards, self.states = plan, shards, states
+        self._arguments = arguments
 
     def __iter__(self):
-        return _RowsIterator(self)
+        return _RowsIterator(*self._arguments)
 
 
 class _RowsIterator(grain.DatasetIterator):
-    def __init__(self, rows: _Rows):
+    def __init__(self, plan: Plan, shards: Sequence[int], states: Mapping[str, str]):
         super().__init__()
-        self._plan = plan = rows.plan
+        self._plan = plan
         self._shards = {
-            str(i): _Shard(plan.pairs, i, plan.shards, plan.limits, rows.states.get(str(i)))
-            for i in rows.shards
+            str(i): _Shard(plan.pairs, i, plan.shards, plan.limits, states.get(str(i)))
+            for i in shards
         }
 
     def __next__(self) -> tuple[Batch, dict[str, str], Int[np.ndarray, "tasks columns"]]:
         rows = [shard.row() for shard in self._shards.values() for _ in range(self._plan.rows)]
         if not any(rows):
             raise StopIteration
-        table = np.zeros((self._plan.labels, Counts.COLUMNS), np.int64)
+        table = np.zeros((self._plan.labels, len(Counts.COLUMNS)), np.int64)
         for pair in (pair for row in rows for pair in row):
             sizes = len(pair["inputs"]), len(pair["targets"])
             table[pair["task"]] += (1, *sizes, pair["lost"] > 0, pair["lost"])
@@ -116,14 +117,16 @@ class Stream:
 
     def __init__(self, plan: Plan, labels, own: range, workers: int):
         self._plan, self._labels, self._workers = plan, labels, workers
-        self._own, self._states, self._readers = own, {}, None
-        self._rows, self._table = 0, np.zeros((plan.labels, Counts.COLUMNS), np.int64)
+        self._own, self._states, self._readers = own, {}, []
+        weakref.finalize(self, _close, self._readers)  # while the interpreter still stands
+        self._rows, self._table = 0, np.zeros((plan.labels, len(Counts.COLUMNS)), np.int64)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        self._readers = self._readers or self._open()
+        if not self._readers:
+            self._readers += self._open()
         parts = [next(reader, None) for reader in self._readers]
         if not any(parts):
             raise StopIteration
@@ -137,18 +140,20 @@ class Stream:
 
     def _open(self) -> list:
         """Readers that work ahead: a thread, or processes that each read a part of the shards."""
-        if not self._workers:
-            rows = _Rows(self._plan, self._own, self._states)
-            ahead = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=_AHEAD)
-            return [iter(ahead)]
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers ask for absl's flags, which nobody set
-        readers, options = [], grain.MultiprocessingOptions(1, per_worker_buffer_size=_AHEAD)
-        for i in range(self._workers):
-            size = len(self._own) // self._workers
-            rows = _Rows(self._plan, self._own[i * size : (i + 1) * size], self._states)
-            readers.append(iter(rows.mp_prefetch(options, worker_init_fn=_leave_signals)))
-        return readers
+        parts = max(1, self._workers)
+        size, options = len(self._own) // parts, grain.MultiprocessingOptions(1, _AHEAD)
+        ahead = []
+        for own in (self._own[i * size : (i + 1) * size] for i in range(parts)):
+            rows = _Rows(self._plan, own, dict(self._states))
+            if self._workers:
+                ahead.append(rows.mp_prefetch(options, worker_init_fn=_leave_signals))
+            else:
+                ahead.append(
+                    grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=_AHEAD)
+                )
+        return [iter(each) for each in ahead]
 
     def get_state(self) -> dict[str, str]:
         """The state of each own shard after the last batch, by the shard's number: JSON."""
@@ -167,30 +172,15 @@ class Stream:
 
     def close(self) -> None:
         """Stop what reads ahead."""
-        for reader in self._readers or ():
-            reader.close()
-        self._readers = None
+        _close(self._readers)
 
-    __del__ = close
+
+def _close(readers: list) -> None:
+    for reader in readers:
+        reader.close()
+    readers.clear()
 
 
 def _leave_signals(*_) -> None:
     """Ctrl-C reaches the whole group; whether to stop is the main process' to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def stack(rows: Sequence[Sequence[Mapping]], limits: tuple[int, int]) -> Batch:
-    """Rows of examples as arrays."""
-    sides = []
-    for name, length in zip(("inputs", "targets"), limits, strict=True):
-        ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
-        for r, row in enumerate(rows):
-            start = 0
-            for number, pair in enumerate(row, 1):
-                end = start + len(pair[name])
-                ids[r, start:end] = pair[name]
-                segments[r, start:end] = number
-                positions[r, start:end] = np.arange(end - start)
-                start = end
-        sides += [ids, segments, positions]
-    return Batch(*sides, loss_weights=(sides[4] > 0).astype(np.float32))

@@ -5,6 +5,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moekit.data.flan import flan_mixture
+from moekit.data.pipeline import tokenize_prompt
 from moekit.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -104,3 +106,12 @@ def test_bad_training_arguments(tmp_path):
     with pytest.raises(ValueError, match="more text"):
         train_sentencepiece(["a b c"], tmp_path / "m.model", vocab_size=8192)
     assert not list(tmp_path.iterdir())
+
+
+def test_formatted_examples_round_trip(pieces):
+    names = ("word_problem", "boolean", "count_letter", "zone_region", "unicode_name")
+    for prompt in flan_mixture(dict.fromkeys(names, 1.0)).sample(150):
+        for tokenizer in (ByteTokenizer(), pieces):
+            pair = tokenize_prompt(prompt, tokenizer, input_length=9999, target_length=9999)
+            assert tokenizer.decode(pair["inputs"]) == prompt.input.replace("\u2581", " ")
+            assert tokenizer.decode(pair["targets"]) == prompt.target.replace("\u2581", " ")
