@@ -31,6 +31,8 @@ from moekit.step import compiled_step, token_losses
 
 EVAL_BATCHES = 16  # of a validation loss
 _CALLS = itertools.count(1)
+# settings that a resumed run may alter
+_MAY_CHANGE = ["steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers"]
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
 
 
@@ -87,12 +89,15 @@ class _Trainer:
             "batch_size": config.batch_size,
             "shard": share_of_rows(model.mesh),
         }
-        self.stream = batches(source, tokenizer, seed=config.seed, **self.shape)
+        workers = config.data_workers
+        self.stream = batches(source, tokenizer, seed=config.seed, workers=workers, **self.shape)
         self.ahead, self.position = None, self.stream.get_state()
         _, params, rest = nnx.split(model, nnx.Param, ...)
         # copies: the compiled step reuses its arguments' memory, the caller keeps the model
         self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
-        timeless = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1)
+        timeless = config.replace(
+            seed=0, log_every=1, eval_every=0, save_every=0, keep=1, data_workers=0
+        )
         if config.schedule in ("constant", "rsqrt"):
             timeless = timeless.replace(steps=1)  # one program for runs of any length
         self.step = compiled_step(model, timeless)
@@ -191,8 +196,8 @@ class _Trainer:
     def facts(self) -> dict:
         """What a checkpoint must agree on to be resumed."""
         config = asdict(self.config)
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep", "remat"):
-            config.pop(name)  # may change between runs
+        for name in _MAY_CHANGE:
+            config.pop(name)
         if self.config.schedule in ("cosine", "linear"):
             config["steps"] = self.config.steps
         return to_json(
