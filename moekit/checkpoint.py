@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moekit.config import ModelConfig
+from moekit.hosts import first_does, gathered
 from moekit.model.transformer import EncoderDecoder
 
 
@@ -22,7 +23,9 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=False, create=True
         )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            first_does(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            if not all(gathered(self.folder.is_dir())):
+                raise OSError("choose a folder on a disk that all processes share")
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise OSError(f"cannot write checkpoints to {folder}: {error}") from None
@@ -39,13 +42,17 @@ class Checkpoints:
         """OSError unless the disk has room for so many more checkpoints of these arrays."""
         # json, indices and block sizes come on top of the arrays
         needed = copies * (1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + 2**18)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(
-                f"{self.folder} has {free / 1e6:,.1f} MB free, checkpoints need "
-                f"{needed / 1e6:,.1f} MB: make room or choose another workdir; former checkpoints "
-                "are intact"
-            )
+
+        def measure():
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(
+                    f"{self.folder} has {free / 1e6:,.1f} MB free, checkpoints need "
+                    f"{needed / 1e6:,.1f} MB: make room or choose another workdir; former "
+                    "checkpoints are intact"
+                )
+
+        first_does(measure)
 
     def save(self, step: int, meta: dict, **items: dict) -> None:
         """Write named nested dicts of arrays and JSON-ready facts; returns when they are on disk.

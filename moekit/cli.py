@@ -77,15 +77,24 @@ class Train:
     """What to do with malformed rows: stop or skip."""
     mesh: str = ""
     """Shard over all devices: axis sizes such as expert=8 or expert=4,model=2."""
+    coordinator: str = ""
+    """host:port of process 0 of a run on several hosts; TPU slices need none of these three."""
+    processes: int | None = None
+    process_id: int | None = None
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(steps=100, batch_tokens=8192)
     )
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        import moekit as mk
+        import jax
 
-        mesh = mk.make_mesh(**_axes(self.mesh)) if self.mesh else None
+        import moekit as mk
+        from moekit import hosts
+
+        hosts.start(self.coordinator, self.processes, self.process_id)
+        sharded = self.mesh or jax.process_count() > 1
+        mesh = mk.make_mesh(**_axes(self.mesh)) if sharded else None
         if self.checkpoint:
             model = mk.load(self.checkpoint, mesh=mesh)
         cfg = model.cfg if self.checkpoint else mk.preset(self.preset)
@@ -102,6 +111,8 @@ class Train:
         if not self.checkpoint:
             model = mk.EncoderDecoder(cfg, seed=self.train.seed, mesh=mesh)
         run = mk.train(model, source, self.train, workdir=self.workdir)
+        if not hosts.is_first():
+            return None, ""  # one process speaks
         last = run.metrics.rows[-1]
         text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {self.workdir}"
         return {"workdir": str(self.workdir), **last}, text
@@ -295,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
             _COMMANDS, args=argv, prog="moekit", description=__doc__
         )
         found, text, *code = command.run()
-        print(json.dumps(found, default=str) if command.json else text)
+        if found is not None:
+            print(json.dumps(found, default=str) if command.json else text)
         return code[0] if code else 0
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)

@@ -268,6 +268,7 @@ class TrainConfig:
       freeze: parts that keep their parameters: "router", "experts", "moe" (both).
       remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but
         products with weights), "full" (every layer from its input).
+      data_workers: processes of a host that read ahead; 0 is a thread.
       eval_every, save_every: steps between evaluations and checkpoints; 0: only at the end.
     """
 
@@ -290,6 +291,7 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 0
     keep: int = 2
+    data_workers: int = 0
 
     def __post_init__(self):
         for field in ("steps", "batch_tokens", "input_length", "target_length", "log_every"):
@@ -303,8 +305,10 @@ class TrainConfig:
             raise ValueError(f"clip_norm is {self.clip_norm}; use a number above 0, or None")
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.z_loss < 0:
             raise ValueError("warmup_steps, weight_decay and z_loss cannot be negative")
-        if self.eval_every < 0 or self.save_every < 0 or self.keep < 1:
-            raise ValueError("eval_every and save_every cannot be negative; keep is at least 1")
+        if min(self.eval_every, self.save_every, self.data_workers) < 0 or self.keep < 1:
+            raise ValueError(
+                "eval_every, save_every and data_workers cannot be negative; keep is at least 1"
+            )
         if self.batch_tokens < self.input_length + self.target_length:
             raise ValueError(
                 f"batch_tokens is {self.batch_tokens}, less than one row of {self.input_length} + "

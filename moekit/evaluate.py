@@ -19,6 +19,7 @@ from moekit.data.suites import Suite
 from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.generate import encode_inputs, generate_ids, input_rows, length_groups
+from moekit.hosts import to_host
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.scores import (
     Difference,
@@ -88,7 +89,7 @@ def likelihoods(
     for indices, length, rows in tqdm(groups, desc="rank options", unit="batch", leave=False):
         queries = input_rows([inputs[i] for i in indices], length, rows, model.mesh)
         targets = _target_rows([options[i] for i in indices], rows, model)
-        log_probs, greedy = map(np.asarray, score(state, *queries, *targets))
+        log_probs, greedy = to_host(score(state, *queries, *targets))
         at = 0
         for i in indices:
             for row, option in enumerate(options[i], at):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moekit.data.pipeline import pad_pairs
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
+from moekit.hosts import to_host
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import row_shards, split_rows
 
@@ -173,7 +174,7 @@ def generate_ids(
     for number, (group, length, rows) in enumerate(bar):
         inputs, segments = input_rows([ids[i] for i in group], length, rows, model.mesh)
         noise = jax.random.fold_in(key, number)
-        out = np.asarray(run(state, inputs, segments, noise, temperature))
+        out = to_host(run(state, inputs, segments, noise, temperature))
         for i, row in zip(group, out, strict=False):
             said[i] = row
     return said

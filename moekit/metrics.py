@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 # keys of a row that are drawn, by panel, with units
 _PANELS = (
@@ -11,10 +12,12 @@ _PANELS = (
     ("auxiliary loss", ("balance", "router_z")),
     ("maximal violation of balance", ("encoder_max_violation", "decoder_max_violation")),
     ("share of tokens dropped", ("encoder_dropped", "decoder_dropped")),
+    ("share of slots filled", ("input_fill", "target_fill")),
     ("score", ()),  # whatever callbacks add
 )
 _KNOWN = {key for _, keys in _PANELS for key in keys} | {
     *("step", "z_loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"),
+    "packing_efficiency",  # the larger of the two
     *(f"{stack}_load_entropy" for stack in ("encoder", "decoder")),
 }
 
@@ -50,7 +53,7 @@ class Metrics:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             partial.replace(self.path)
 
-    def __getitem__(self, key: str) -> tuple[list[int], list[float]]:
+    def __getitem__(self, key: str) -> tuple[list[int], list]:
         """(steps, values) of the rows that have the key."""
         pairs = [(row["step"], row[key]) for row in self.rows if key in row]
         if not pairs:
@@ -58,7 +61,7 @@ class Metrics:
             raise KeyError(f"{key}; this run logged {', '.join(known)}")
         return [p[0] for p in pairs], [p[1] for p in pairs]
 
-    def last(self, key: str) -> float:
+    def last(self, key: str) -> Any:
         return self[key][1][-1]
 
     def plot(self, title: str = "Training"):

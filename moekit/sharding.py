@@ -77,7 +77,7 @@ def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Me
 
 def _virtual_cpu_devices(count: int) -> None:
     """Ask for `count` CPU devices while that is still possible and nobody has asked otherwise."""
-    if count == 1 or jax.config.jax_num_cpu_devices > 1:
+    if count == 1 or jax.config.jax_num_cpu_devices > 1 or jax.distributed.is_initialized():
         return
     # once the backend has started it is too late: the caller then reports the devices there are
     with contextlib.suppress(RuntimeError):

@@ -1,11 +1,12 @@
 """The training loop: log, progress, evaluation, checkpoints, guards."""
 
 import functools
+import itertools
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from moekit.checkpoint import Checkpoints, differing, restore_model, to_json
 from moekit.config import TrainConfig
 from moekit.data.pipeline import Batch, batches
+from moekit.data.stats import Counts
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
+from moekit.hosts import gathered, is_first, join_rows, share_of_rows
 from moekit.metrics import Metrics
 from moekit.model.transformer import EncoderDecoder
 from moekit.optim import schedule
-from moekit.sharding import row_shards, split_rows
+from moekit.sharding import row_shards
 from moekit.step import compiled_step, token_losses
 
 EVAL_BATCHES = 16  # of a validation loss
+_CALLS = itertools.count(1)
+# settings that a resumed run may alter
+_MAY_CHANGE = ["steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers"]
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves: the model (the one given, now trained), its log, where it is kept."""
+    """What training leaves: the model (the one given, now trained), its log, where it is kept, and
+    what it read in this session, by task and cluster."""
 
     model: EncoderDecoder
     metrics: Metrics
     config: TrainConfig
     workdir: Path | None
+    data: Counts
 
 
 class NonFiniteLoss(ValueError):
@@ -53,12 +62,15 @@ def _compiled_eval(graphdef):
 
 
 def evaluate_loss(model: EncoderDecoder, stream: Sequence[Batch]) -> dict[str, float]:
-    """Cross-entropy (nats a target token) and next-token accuracy: ratios of sums."""
+    """Cross-entropy (nats a target token) and next-token accuracy: ratios of sums.
+
+    On several hosts the stream holds this process's part of each batch's rows.
+    """
     graphdef, state = nnx.split(model)
     step, total = _compiled_eval(graphdef), None
     for batch in stream:
         # one at a time: collectives in flight starve each other of a small machine's threads
-        sums = jax.block_until_ready(step(state, split_rows(batch, model.mesh)))
+        sums = jax.block_until_ready(step(state, join_rows(batch, model.mesh)))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     count = float(total["count"])
     loss, hits = float(total["cross_entropy"]), float(total["hits"])
@@ -70,14 +82,22 @@ class _Trainer:
 
     def __init__(self, model, source, config, tokenizer, workdir):
         self.model, self.config, self.source = model, config, source
-        lengths = {"input_length": config.input_length, "target_length": config.target_length}
-        self.lengths = lengths | {"batch_size": config.batch_size}
         self.tokenizer = tokenizer
-        self.stream = batches(source, tokenizer, seed=config.seed, **self.lengths)
+        self.shape = {
+            "input_length": config.input_length,
+            "target_length": config.target_length,
+            "batch_size": config.batch_size,
+            "shard": share_of_rows(model.mesh),
+        }
+        workers = config.data_workers
+        self.stream = batches(source, tokenizer, seed=config.seed, workers=workers, **self.shape)
+        self.ahead, self.position = None, self.stream.get_state()
         _, params, rest = nnx.split(model, nnx.Param, ...)
         # copies: the compiled step reuses its arguments' memory, the caller keeps the model
         self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
-        timeless = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1)
+        timeless = config.replace(
+            seed=0, log_every=1, eval_every=0, save_every=0, keep=1, data_workers=0
+        )
         if config.schedule in ("constant", "rsqrt"):
             timeless = timeless.replace(steps=1)  # one program for runs of any length
         self.step = compiled_step(model, timeless)
@@ -85,29 +105,39 @@ class _Trainer:
         self.schedule, self.done = schedule(config), 0
         self.workdir = Path(workdir) if workdir else None
         self.checkpoints = None
-        self.metrics = Metrics(self.workdir / "metrics.jsonl" if self.workdir else None)
-        self.pending: list[tuple[int, dict]] = []
+        self.metrics = Metrics(self.workdir / "metrics.jsonl" if workdir and is_first() else None)
+        self.pending: list[dict] = []
+        self.counts = self.data = self.stream.take_counts()
         self.key = jax.random.key(config.seed)
 
     def advance(self) -> None:
-        batch = split_rows(next(self.stream), self.model.mesh)
+        batch = self.ahead or self.read()
         key = jax.random.fold_in(self.key, self.done)
         self.params, self.rest, self.opt_state, report = self.step.update(
             self.params, self.rest, self.opt_state, batch, key
         )
+        self.pending.append(report)
+        self.done += 1
+        self.position = self.stream.get_state()
+        self.counts += self.stream.take_counts()
+        # the next batch is read and sent while the device computes
+        self.ahead = self.read() if self.done < self.config.steps else None
         if self.model.mesh is not None and jax.default_backend() == "cpu":
             # collectives of two steps in flight starve each other of a small machine's threads
             jax.block_until_ready(report)
-        self.pending.append((int(batch.loss_weights.size + batch.inputs.size), report))
-        self.done += 1
+
+    def read(self) -> Batch:
+        return join_rows(next(self.stream), self.model.mesh)
 
     def flush(self, since: float) -> dict:
         """Log the mean of the steps since a time; the only wait for the device."""
-        reports = jax.device_get([report for _, report in self.pending])
+        reports = jax.device_get(self.pending)
         seconds = time.perf_counter() - since
         row = {key: float(np.mean([r[key] for r in reports])) for key in reports[0]}
-        tokens = sum(count for count, _ in self.pending)
         self.pending = []
+        step_tokens = self.config.batch_size * (
+            self.config.input_length + self.config.target_length
+        )
         if not np.isfinite(row["loss"]):
             raise NonFiniteLoss(
                 f"loss is {row['loss']} at step {self.done} (learning rate "
@@ -117,13 +147,26 @@ class _Trainer:
         row |= {
             "step": self.done,
             "learning_rate": self.rate(),
-            "tokens": self.done
-            * self.config.batch_size
-            * (self.config.input_length + self.config.target_length),
-            "tokens_per_second": tokens / seconds,
+            "tokens": self.done * step_tokens,
+            "tokens_per_second": len(reports) * step_tokens / seconds,
+            **self.what_was_read(),
         }
         self.metrics.add(row)
         return row
+
+    def what_was_read(self) -> dict:
+        """On all hosts since the last call: totals, and tokens of each cluster."""
+        parts = gathered([self.counts.rows, self.counts.table.tolist()])
+        copies = jax.process_count() // self.shape["shard"][1]  # processes that read the same
+        counts = replace(
+            self.counts,
+            rows=sum(rows for rows, _ in parts) // copies,
+            table=np.sum([table for _, table in parts], 0) // copies,
+        )
+        self.data, self.counts = self.data + counts, self.stream.take_counts()
+        clusters = counts.to_dict()["clusters"].items()
+        tokens = {name: c["input_tokens"] + c["target_tokens"] for name, c in clusters}
+        return counts.row() | {"cluster_tokens": tokens}
 
     def rate(self) -> float:
         return float(self.schedule(max(0, self.done - 1)))
@@ -137,10 +180,13 @@ class _Trainer:
         row = {}
         if eval_source is not None:
             stream = batches(
-                eval_source, self.tokenizer, seed=0, split="valid", repeat=False, **self.lengths
+                eval_source, self.tokenizer, seed=0, split="valid", repeat=False, **self.shape
             )
             some = [batch for batch, _ in zip(stream, range(EVAL_BATCHES), strict=False)]
-            row |= evaluate_loss(self.model, some)
+            stream.close()
+            longest = max(gathered(len(some)))  # processes may run out of rows at different times
+            blank = jax.tree.map(np.zeros_like, some[0]) if len(some) < longest else None
+            row |= evaluate_loss(self.model, some + [blank] * (longest - len(some)))
         for callback in callbacks:
             row |= callback(self.done, self.model)
         if row:
@@ -150,8 +196,8 @@ class _Trainer:
     def facts(self) -> dict:
         """What a checkpoint must agree on to be resumed."""
         config = asdict(self.config)
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep", "remat"):
-            config.pop(name)  # may change between runs
+        for name in _MAY_CHANGE:
+            config.pop(name)
         if self.config.schedule in ("cosine", "linear"):
             config["steps"] = self.config.steps
         return to_json(
@@ -209,15 +255,21 @@ class _Trainer:
         leaves = [restored["optimizer"][str(i)] for i in range(len(restored["optimizer"]))]
         self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
         self.stream.set_state(meta["stream"])
-        self.done = step
-        if self.metrics.path.exists():
+        self.position, self.done = self.stream.get_state(), step
+        if self.metrics.path and self.metrics.path.exists():
             self.metrics = Metrics.load(self.metrics.path)
         self.metrics.keep_until(step)
 
     def save(self) -> None:
         if self.checkpoints is not None and self.checkpoints.latest() != self.done:
-            meta = self.facts() | {"stream": self.stream.get_state()}
+            parts = gathered(self.position)
+            meta = self.facts() | {"stream": {k: v for part in parts for k, v in part.items()}}
             self.checkpoints.save(self.done, meta, **self._arrays())
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
 
 
 def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -242,6 +294,21 @@ def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> 
         )
     if config.freeze and not cfg.num_experts:
         raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
+    if jax.process_count() > 1 and (model.mesh is None or model.mesh.size != jax.device_count()):
+        raise ValueError(
+            f"{jax.process_count()} processes train together: build the model on a mesh of all "
+            f"{jax.device_count()} devices (make_mesh)"
+        )
+
+
+def _check_alike(facts: dict) -> None:
+    first, *others = gathered(facts)
+    for number, other in enumerate(others, 1):
+        if names := [name for name in first if first[name] != other[name]]:
+            raise ValueError(
+                f"process {number} has another {' and '.join(names)} than process 0: give all the "
+                "same code, data and options"
+            )
 
 
 def train(
@@ -271,21 +338,19 @@ def train(
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     _check(model, config, tokenizer)
     trainer = _Trainer(model, source, config, tokenizer, workdir)
+    if jax.process_count() > 1:
+        _check_alike(trainer.facts())
     if workdir:
         trainer.open(resume)
-    with (
-        _Stop() as stop,
-        tqdm(
-            total=config.steps, initial=trainer.done, desc=f"train {model.cfg.name}", unit="step"
-        ) as bar,
-    ):
+    bar = {"desc": f"train {model.cfg.name}", "unit": "step", "total": config.steps}
+    quiet = {} if is_first() else {"disable": True}
+    with _Stop() as stop, tqdm(initial=trainer.done, **bar, **quiet) as bar:
         try:
             _loop(trainer, bar, stop, eval_source, callbacks)
         finally:
             trainer.sync()
-            if trainer.checkpoints is not None:
-                trainer.checkpoints.close()
-    return Run(model, trainer.metrics, config, trainer.workdir)
+            trainer.close()
+    return Run(model, trainer.metrics, config, trainer.workdir, trainer.data)
 
 
 def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
@@ -293,35 +358,48 @@ def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
     while trainer.done < config.steps:
         trainer.advance()
         done, last = trainer.done, trainer.done == config.steps
+        stopping = stop.agreed()
         bar.update()
-        if done % config.log_every == 0 or last or stop.asked:
+        if done % config.log_every == 0 or last or stopping:
             row = trainer.flush(since)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
             since = time.perf_counter()
         paused = time.perf_counter()
         if last or (config.eval_every and done % config.eval_every == 0):
             trainer.validate(eval_source, callbacks)
-        if last or stop.asked or (config.save_every and done % config.save_every == 0):
+        if last or stopping or (config.save_every and done % config.save_every == 0):
             trainer.save()
         since += time.perf_counter() - paused  # the rate is of training alone
-        if stop.asked:
+        if stopping:
             kept = f"saved at step {done}" if trainer.checkpoints else "no workdir, nothing saved"
             raise KeyboardInterrupt(kept)
 
 
 class _Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step.
+
+    On several hosts a SIGTERM to one of them stops all after the same step: jax listens for it.
+    """
 
     asked = False
 
     def __enter__(self):
         self._former = {}
+        if jax.process_count() > 1:
+            return self
         try:
             for sig in (signal.SIGINT, signal.SIGTERM):
                 self._former[sig] = signal.signal(sig, self._ask)
         except ValueError:
             pass  # not the main thread: signals are somebody else's
         return self
+
+    def agreed(self) -> bool:
+        """Whether to stop now; to be asked after every step."""
+        if jax.process_count() > 1:
+            # calls since the start of the process, for a notice may come before the first step
+            return multihost_utils.reached_preemption_sync_point(next(_CALLS))
+        return self.asked
 
     def _ask(self, number, frame):
         self.asked = True

@@ -242,6 +242,11 @@ def test_metrics_survive_a_cut_line_and_draw(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == run.metrics.rows and rows[0]["step"] == 2
     assert {"loss", "tokens_per_second", "encoder_dropped", "balance"} <= rows[0].keys()
+    logged = [row for row in rows if "examples" in row]
+    assert sum(row["examples"] for row in logged) == run.data.row()["examples"] > 0
+    tokens = run.data.row()["input_tokens"] + run.data.row()["target_tokens"]
+    assert sum(sum(row["cluster_tokens"].values()) for row in logged) == tokens
+    assert run.data.rows == CONFIG.steps * CONFIG.batch_size
     path.write_text(path.read_text()[:-20])
     assert mk.Metrics.load(path).rows == rows[:-1]
     with pytest.raises(KeyError, match="this run logged"):

@@ -22,6 +22,7 @@ from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
 from moekit.generate import length_groups
+from moekit.hosts import to_host
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import split_rows
 
@@ -184,7 +185,7 @@ def trace_routing(
         batch = pad_pairs(chosen, input_length=size, target_length=target_length)
         fill = ((0, count - len(rows)), (0, 0))
         batch = jax.tree.map(lambda x, fill=fill: np.pad(x, fill), batch)
-        for name, routing in jax.device_get(run(state, split_rows(batch, model.mesh))).items():
+        for name, routing in to_host(run(state, split_rows(batch, model.mesh))).items():
             parts.setdefault(name, []).append(_tokens(name, batch, rows, routing))
     stacks = {name: _joined(each) for name, each in parts.items()}
     return RouterTrace(
