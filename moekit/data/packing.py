@@ -96,9 +96,9 @@ def propose_lengths(
     examples: int = 4096,
     seed: int = 0,
 ) -> Lengths:
-    """The shortest lengths at which both sides of a source's rows are so full, of these the pair
-    that cuts least; if there are none, the pair whose emptier side is fullest. Packs the first
-    examples of the stream."""
+    """The shortest lengths at which both sides of a source's rows are so full; if there are none,
+    the fullest: by the emptier side, less the share of examples cut. Packs the first examples of
+    the stream."""
     from tqdm import tqdm
 
     found = []
@@ -110,10 +110,10 @@ def propose_lengths(
         factors = (0.85, 0.9, 0.95, 1, 1.05, 1.1)
         targets = {max(8, 8 * round(even * factor / 8)) for factor in factors}
         found += [_packed(sizes, (length, target)) for target in sorted(targets)]
-        enough = [x for x in found if min(x.input_fill, x.target_fill) >= full]
-        if enough:
-            return min(enough, key=lambda x: x.cut)
-    return max(found, key=lambda x: min(x.input_fill, x.target_fill))
+        best = max(found, key=lambda x: min(x.input_fill, x.target_fill) - x.cut)
+        if min(best.input_fill, best.target_fill) >= full:
+            break
+    return best
 
 
 def _packed(sizes: Int[np.ndarray, "examples 3"], limits: tuple[int, int]) -> Lengths:
