@@ -101,6 +101,7 @@ class Describe:
 
     def run(self) -> tuple[object, str]:
         import moekit as mk
+        from moekit.data.packing import propose_lengths
         from moekit.errors import unknown
 
         if self.by not in ("cluster", "task"):
@@ -121,8 +122,10 @@ class Describe:
         prompts = mixture.sample(self.samples, seed=self.seed)
         shown = [f"--- {p.task}\n{p.input}\n>>> {p.target}" for p in prompts]
         samples = [{"task": p.task, "input": p.input, "target": p.target} for p in prompts]
-        found = seen.to_dict() | {"rates": mixture.rates, "samples": samples}
-        return found, "\n".join([seen.table(self.by), *shown])
+        lengths = propose_lengths(mixture, tokenizer or mk.ByteTokenizer())
+        found = seen.to_dict() | {"rates": mixture.rates, "lengths": asdict(lengths)}
+        text = "\n".join([seen.table(self.by), str(lengths), *shown])
+        return found | {"samples": samples}, text
 
 
 def _corpus(corpus) -> tuple[object, str]:
