@@ -64,7 +64,7 @@ class Train:
     workdir: Path
     preset: str = "st-nano"
     mixture: str = "builtin"
-    """A FLAN mixture: builtin or flan2022."""
+    """A FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation."""
     corpus: str = ""
     """Pretrain on this text instead: builtin, mirror, or parts such as books,speeches."""
     checkpoint: Path | None = None

@@ -1,7 +1,8 @@
 """moekit data list | describe | fetch | check."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,38 +18,38 @@ class List:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.data.collection import MIXTURES
-        from moekit.data.hub import copies, sources
-        from moekit.data.sources import TEXT_DOMAINS
-        from moekit.data.suites import SUITES, suite
-
         root = _folder()
-        rows = [{"kind": "mixture", "name": "builtin", "here": True}]
-        groups = _groups()
-        for name, parts in MIXTURES.items():
-            sizes = {part: sum(groups.get(g, 0) for g in sub.groups) for part, sub in parts.items()}
-            rows.append({"kind": "mixture", "name": name, "here": any(sizes.values())} | sizes)
-        for name in SUITES:
-            try:
-                rows.append({"kind": "suite", "name": name, "tasks": len(suite(name).tasks)})
-            except (OSError, ValueError) as problem:
-                rows.append({"kind": "suite", "name": name, "here": False, "why": str(problem)})
-        for part in ("builtin", *TEXT_DOMAINS):
-            here = part == "builtin" or bool(root and (root / "text" / part).is_dir())
-            rows.append({"kind": "corpus", "name": part, "here": here})
-        for name, each in sources().items():
-            here = bool(copies(each, "train" if "train" in each.splits else "test", root))
-            about = {"path": each.path, "group": each.group or "evaluation"}
-            rows.append({"kind": "hub source", "name": name, "here": here} | about)
-        rows = [{"here": True} | row for row in rows]
-        lines = [f"data folder: {root or 'none (set MOEKIT_DATA)'}"]
-        for row in rows:
-            more = {k: v for k, v in row.items() if k not in ("kind", "name", "here", "why")}
-            shown = ", ".join(f"{k} {v}" for k, v in more.items())
-            lines.append(
-                f"{row['kind']:11} {row['name']:24} {'here' if row['here'] else '-':5} {shown}"
-            )
-        return rows, "\n".join(lines)
+        rows = list(_found(root))
+        keys = ("kind", "name", "here", "about")
+        lines = [f"{k:11} {n:24} {'here' if here else '-':5} {a[:70]}" for k, n, here, a in rows]
+        text = "\n".join([f"data folder: {root or 'none (set MOEKIT_DATA)'}", *lines])
+        return [dict(zip(keys, row, strict=True)) for row in rows], text
+
+
+def _found(root: Path | None) -> Iterator[tuple[str, str, bool, str]]:
+    """Kind, name, whether it is here, and what it has or lacks."""
+    from moekit.data.collection import MIXTURES
+    from moekit.data.hub import copies, sources
+    from moekit.data.sources import TEXT_DOMAINS
+    from moekit.data.suites import SUITES, suite
+
+    yield "mixture", "builtin", True, ""
+    groups = _groups()
+    for name, parts in MIXTURES.items():
+        sizes = {part: sum(groups.get(g, 0) for g in sub.groups) for part, sub in parts.items()}
+        about = ", ".join(f"{part} {n} tasks" for part, n in sizes.items())
+        yield "mixture", name, any(sizes.values()), about
+    for name in SUITES:
+        try:
+            yield "suite", name, True, f"{len(suite(name).tasks)} tasks"
+        except (OSError, ValueError) as problem:
+            yield "suite", name, False, str(problem)
+    for part in ("builtin", *TEXT_DOMAINS):
+        here = part == "builtin" or bool(root and (root / "text" / part).is_dir())
+        yield "corpus", part, here, ""
+    for name, each in sources().items():
+        here = bool(copies(each, next(iter(each.splits)), root))
+        yield "hub source", name, here, f"{each.path}, {each.group or 'evaluation'}"
 
 
 def _folder() -> Path | None:
@@ -172,19 +173,14 @@ class Fetch:
         if self.to:
             self.to.mkdir(parents=True, exist_ok=True)
         root = data_dir(self.to)
-        if not self.yes and not _agreed():
+        asked = not self.yes and sys.stdin.isatty() and input("fetch? [y/N] ")
+        if not (self.yes or (asked and asked.strip().lower().startswith("y"))):
             raise ValueError("nothing was fetched: answer y, or use --yes")
         entries = fetch(items, root, self.origin)
         return (
             entries,
             f"{len(entries)} files are in {root / 'hub'}; `moekit data check` checks them",
         )
-
-
-def _agreed() -> bool:
-    if not sys.stdin.isatty():
-        return False
-    return input("fetch? [y/N] ").strip().lower().startswith("y")
 
 
 @dataclass
@@ -214,7 +210,7 @@ _Verb = (
 class Data:
     """Data sources: what there is, what training sees, mirroring, checking."""
 
-    verb: Annotated[_Verb, tyro.conf.OmitSubcommandPrefixes, tyro.conf.arg(name="")] = field()
+    verb: Annotated[_Verb, tyro.conf.OmitSubcommandPrefixes, tyro.conf.arg(name="")]
 
     @property
     def json(self) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -165,7 +165,3 @@ def as_text(items: Sequence[Item]) -> str:
     return "\n".join(
         [*lines, f"{'all':69} {len(items):4} files {sum(i.bytes for i in items):15,} bytes"]
     )
-
-
-def to_dict(items: Sequence[Item]) -> list[dict]:
-    return [asdict(item) | {"path": item.path} for item in items]

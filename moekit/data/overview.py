@@ -1,6 +1,6 @@
 """What a training run on a mixture will see, as a table and a picture."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Overview:
 
     @property
     def total(self) -> Share:
-        return self._sum(list(self.rows), part="all", cluster="", task="")
+        return _sum(self.rows, "all", "")
 
     @property
     def epoch_tokens(self) -> float:
@@ -61,27 +61,7 @@ class Overview:
         groups: dict[tuple[str, str], list[Share]] = {}
         for row in self.rows:
             groups.setdefault((row.part, row.cluster), []).append(row)
-        return [self._sum(rows, part, cluster) for (part, cluster), rows in groups.items()]
-
-    def _sum(self, rows: list[Share], part: str, cluster: str, task: str = "") -> Share:
-        rates = np.array([row.rate for row in rows])
-        examples = sum(row.examples for row in rows)
-
-        def mean(values: Callable[[Share], float]) -> float:
-            return float(np.average([values(row) for row in rows], weights=rates))
-
-        return Share(
-            part=part,
-            cluster=cluster,
-            task=task,
-            tasks=len(rows),
-            examples=examples,
-            valid=sum(row.valid for row in rows),
-            rate=float(rates.sum()),
-            input_tokens=mean(lambda row: row.input_tokens),
-            target_tokens=mean(lambda row: row.target_tokens),
-            repeats=sum(row.repeats * row.examples for row in rows) / examples,
-        )
+        return [_sum(rows, *key) for key, rows in groups.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready: tasks, clusters, totals."""
@@ -142,31 +122,32 @@ class Overview:
         return fig
 
 
+def _sum(rows: Sequence[Share], part: str, cluster: str) -> Share:
+    """Many tasks as one row; tokens are means by rate."""
+    rates = [row.rate for row in rows]
+    examples = sum(row.examples for row in rows)
+    tokens = np.average([(r.input_tokens, r.target_tokens) for r in rows], 0, weights=rates)
+    repeats = sum(row.repeats * row.examples for row in rows) / examples
+    valid = sum(row.valid for row in rows)
+    return Share(
+        part, cluster, "", len(rows), examples, valid, sum(rates), *map(float, tokens), repeats
+    )
+
+
 def overview(mixture: Mixture, tokenizer: Tokenizer | None = None, tokens: int = 0) -> Overview:
     """Count a mixture: every task's examples, and the tokens of a sample of its prompts."""
     from tqdm import tqdm
 
     tokenizer = tokenizer or ByteTokenizer()
-    rows = []
+    rows, rates = [], mixture.rates
     whole = list(zip(mixture.tasks, mixture.formats, mixture.parts, strict=True))
     for task, formats, part in tqdm(whole, desc="describe", unit="task", leave=False):
         alone = replace(mixture, tasks=(task,), weights=(1.0,), formats=(formats,), parts=(part,))
-        prompts = alone.sample(SAMPLED)
-        lengths = [[len(tokenizer.encode(t)) + 1 for t in (p.input, p.target)] for p in prompts]
-        rows.append(
-            Share(
-                part=part,
-                cluster=task.cluster,
-                task=task.name,
-                tasks=1,
-                examples=task.train_size,
-                valid=len(task.examples("valid")) if "valid" in task.splits else 0,
-                rate=mixture.rates[task.name],
-                input_tokens=float(np.mean(lengths, 0)[0]),
-                target_tokens=float(np.mean(lengths, 0)[1]),
-                repeats=0.0,
-            )
-        )
+        texts = [(p.input, p.target) for p in alone.sample(SAMPLED)]
+        lengths = np.mean([[len(tokenizer.encode(t)) + 1 for t in pair] for pair in texts], 0)
+        valid = len(task.examples("valid")) if "valid" in task.splits else 0
+        counts = (1, task.train_size, valid, rates[task.name], *map(float, lengths))
+        rows.append(Share(part, task.cluster, task.name, *counts, 0.0))
     found = Overview(mixture.name, tuple(rows), 0.0, dict(mixture.dropped))
     run = tokens or found.epoch_tokens
     prompts = run / found.total.tokens
