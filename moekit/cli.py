@@ -65,6 +65,10 @@ class Train:
     preset: str = "st-nano"
     mixture: str = "builtin"
     """A FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation."""
+    source: str = "mirror"
+    """Of the mixture: mirror (the data folder), hub (ready-made) or hub-raw (in our wordings)."""
+    hold_out: str = ""
+    """Leave out tasks that overlap with these suites, such as mmlu,bbh."""
     corpus: str = ""
     """Pretrain on this text instead: builtin, mirror, or parts such as books,speeches."""
     checkpoint: Path | None = None
@@ -103,11 +107,12 @@ class Train:
         if self.tokenizer:
             size = mk.load_tokenizer(self.tokenizer).vocab_size
             cfg = cfg.replace(tokenizer=self.tokenizer, vocab_size=size)
-        source = (
-            mk.corpus(self.corpus)
-            if self.corpus
-            else mk.flan_mixture(self.mixture, on_error=self.on_error)
-        )
+        if self.corpus:
+            source = mk.corpus(self.corpus)
+        else:
+            hold_out = tuple(filter(None, self.hold_out.split(",")))
+            options = {"source": self.source, "hold_out": hold_out, "on_error": self.on_error}
+            source = mk.flan_mixture(self.mixture, **options)
         if not self.checkpoint:
             model = mk.EncoderDecoder(cfg, seed=self.train.seed, mesh=mesh)
         run = mk.train(model, source, self.train, workdir=self.workdir)

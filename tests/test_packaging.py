@@ -37,7 +37,7 @@ def test_extras_and_licence():
 def test_small_enough_to_be_read():
     for path in MODULES:
         assert len(path.read_text().splitlines()) < 500, path
-    assert sum(map(code_lines, MODULES)) < 7000
+    assert sum(map(code_lines, MODULES)) < 9700
 
 
 def code_lines(path):
