@@ -188,6 +188,11 @@ def platform() -> str:
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
+def varying(x: Array) -> frozenset[str]:
+    """The mesh axes along which an array inside shard_map differs between devices."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
 def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
     """Activations with their rows split over the mesh, if it divides them, and nothing else."""
     mesh = _MESH.get()

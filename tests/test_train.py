@@ -265,7 +265,9 @@ def test_every_mesh_trains_alike():
     for metrics in others:
         for name in ("loss", "grad_norm", "encoder_max_violation", "decoder_dropped"):
             # Adafactor divides small gradients by their size, and their rounding errors with them
-            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3, atol=1e-6)
+            # and may turn one choice of an expert
+            atol = 1e-2 if name == "encoder_max_violation" else 1e-6
+            np.testing.assert_allclose(metrics[name][1], expected[name][1], rtol=1e-3, atol=atol)
 
 
 def test_one_program_serves_all_steps():
