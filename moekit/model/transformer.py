@@ -468,9 +468,8 @@ class EncoderDecoder(nnx.Module):
             x = (x.astype(jnp.float32) * self.cfg.d_model**-0.5).astype(x.dtype)
             logits = on_rows(lambda x, w_vd: product(x, w_vd.T), x.dtype, x, self.embedding_vd)
             return logits.astype(jnp.float32)
-        to_logits = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        if x.dtype == jnp.float32:
-            to_logits = product
+        exact = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        to_logits = product if x.dtype == jnp.float32 else exact
         return on_rows(to_logits, x.dtype, x, self.head_dv)
 
 
