@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: tour test lint lab notebooks figures bench clean
+.PHONY: tour test lint lab notebooks figures bench parity clean
 
 tour: $(STAMP)  ## execute all notebooks on the embedded data, print where to look
 	$(BIN)/moekit tour
@@ -28,6 +28,12 @@ figures: $(STAMP)  ## redraw assets/figures from assets/results
 
 bench: $(STAMP)
 	$(BIN)/moekit bench layer
+
+parity: $(STAMP)  ## add torch and transformers, compare with them
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e ".[parity]"
+	$(BIN)/python -m pytest tests/parity -n 0
+	$(BIN)/moekit bench peers
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,22 +1,30 @@
-"""Timings against the dense floor, all variants interleaved in one run.
+"""Timings of a layer and of a whole step against their dense twins, interleaved in one run.
 
-D d_model, F d_ff, E experts, K choices per token, S tokens.
+B batch, L length, D d_model, F d_ff, E experts, K choices per token, S tokens.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from moekit.model.transformer import FFN
+from moekit import config as configs
+from moekit.config import ModelConfig, TrainConfig
+from moekit.data.pipeline import Batch
+from moekit.model.transformer import FFN, EncoderDecoder
 from moekit.moe.layer import MoE
 from moekit.moe.parallel import Place
 from moekit.moe.routing import TopK
+from moekit.sharding import split_rows
+from moekit.step import compiled_step
 
 SHAPES = ((8, 1), (32, 2))  # experts, choices
 
@@ -48,7 +56,7 @@ def layer(
     capacity_factor: float = 1.25,
     repeats: int = 15,
 ) -> list[dict]:
-    """Median milliseconds of forward + backward of one layer, float32.
+    """Median and least milliseconds of forward + backward of one layer, float32.
 
     Variants: "dense" (the FFN of equal active FLOPs, d_ff * k wide), "capacity" (ours, by gathers),
     "dropless" (ours, by blocks), "einsum" (one-hot products). Capacity counts k, so that equal
@@ -57,7 +65,8 @@ def layer(
     rows = []
     for experts, k in tqdm(shapes, desc="bench layer", unit="shape"):
         steps = _steps(experts, k, tokens, d_model, d_ff, capacity_factor)
-        times = _interleaved(steps, repeats)
+        times = interleaved(steps, repeats)
+        floor = times["dense"]
         for variant, ms in times.items():
             rows.append(
                 {
@@ -67,8 +76,10 @@ def layer(
                     "d_model": d_model,
                     "d_ff": d_ff,
                     "variant": variant,
-                    "ms": round(ms, 3),
-                    "ratio_to_dense": round(ms / times["dense"], 3),
+                    "ms": round(statistics.median(ms), 3),
+                    "min_ms": round(min(ms), 3),
+                    "ratio_to_dense": ratio(ms, floor),
+                    "min_ratio_to_dense": ratio(ms, floor, min),
                 }
             )
     return rows
@@ -101,12 +112,126 @@ def _step(module: nnx.Module, x: Float[Array, "1 S D"]) -> Callable:
     return lambda: jax.block_until_ready(step(state, x))
 
 
-def _interleaved(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median ms of each step; one of each in turn, so that noise hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def interleaved(steps: dict[Any, Callable], repeats: int) -> dict[Any, list[float]]:
+    """All times of each step in ms; one of each in turn, so that noise hits all alike."""
+    times: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
+
+
+def ratio(ours: list[float], others: list[float], of: Callable = statistics.median) -> float:
+    """How much of the others' time ours take, of the medians or other statistics."""
+    return round(of(ours) / of(others), 3)
+
+
+def step(
+    *,
+    preset: str = "st-mini",
+    batch: int = 8,
+    input_length: int = 256,
+    target_length: int = 64,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    dispatch: str = "capacity",
+    repeats: int = 9,
+) -> list[dict]:
+    """A whole training step of a preset, its dense twin (t5 of the same size, where there is one)
+    and a plain product, on the devices there are.
+
+    Tokens are random and none is padding. FLOPs are the model's (6 a matrix parameter and token, as
+    in `moekit plan`), and `mfu` their rate over that of the product. `recompilations` counts
+    programs compiled after the first step.
+    """
+    cfg = configs.preset(preset)
+    if cfg.num_experts:
+        cfg = cfg.replace(dispatch=dispatch)
+    twin = f"t5-{preset.partition('-')[2]}"
+    models = [cfg]
+    if twin in configs.PRESETS and twin != preset:
+        models.append(configs.preset(twin))
+    tokens = batch * (input_length + target_length)
+    config = TrainConfig(
+        batch_tokens=tokens, input_length=input_length, target_length=target_length, remat=remat
+    )
+    runs = {model.name: _Run(model, config, batch, mesh) for model in models}
+    devices = 1 if mesh is None else mesh.size
+    flops, multiply = _plain_product(jnp.dtype(cfg.dtype))
+    times = interleaved({**{name: run.step for name, run in runs.items()}, "": multiply}, repeats)
+    # virtual devices share one processor
+    peak = flops / min(times.pop("")) * (1 if jax.default_backend() == "cpu" else devices)
+    rows = []
+    for model in models:
+        ms = times[model.name]
+        encoder, decoder = model.flops_per_token()
+        rate = 3 * batch * (encoder * input_length + decoder * target_length)
+        rate /= statistics.median(ms)
+        rows.append(
+            {
+                "preset": model.name,
+                "dispatch": model.dispatch if model.num_experts else "",
+                "batch": batch,
+                "input_length": input_length,
+                "target_length": target_length,
+                "devices": devices,
+                "remat": remat,
+                "ms": round(statistics.median(ms), 3),
+                "min_ms": round(min(ms), 3),
+                "tokens_per_second": round(1e3 * tokens / statistics.median(ms)),
+                "model_gflops_per_second": round(rate / 1e6, 1),
+                "mfu": round(rate / peak, 3),
+                "compile_seconds": round(runs[model.name].first - statistics.median(ms) / 1e3, 2),
+                "recompilations": runs[model.name].recompilations(),
+                "ratio_to_dense": ratio(ms, times[models[-1].name]),
+            }
+        )
+    return rows
+
+
+class _Run:
+    """A model in training on one batch: `step` is one more update."""
+
+    def __init__(self, cfg: ModelConfig, config: TrainConfig, rows: int, mesh: Mesh | None):
+        model = EncoderDecoder(cfg, mesh=mesh)
+        compiled = compiled_step(model, config)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        self.update, self.key = compiled.update, jax.random.key(0)
+        self.state = (params, rest, compiled.start(params))
+        lengths = (config.input_length, config.target_length)
+        self.batch = split_rows(full_batch(rows, *lengths, cfg.vocab_size), mesh)
+        before, start = self.update._cache_size(), time.perf_counter()
+        self.step()
+        self.first, self.programs = time.perf_counter() - start, max(1, before)
+
+    def step(self):
+        *self.state, report = self.update(*self.state, self.batch, self.key)
+        jax.block_until_ready(report)
+
+    def recompilations(self) -> int:
+        return self.update._cache_size() - self.programs
+
+
+def full_batch(rows: int, length: int, target_length: int, vocab_size: int) -> Batch:
+    """Random tokens, one example a row, no padding."""
+    rng = np.random.default_rng(0)
+
+    def side(length):
+        ones = np.ones((rows, length), np.int32)
+        return rng.integers(2, vocab_size, ones.shape, np.int32), ones, ones.cumsum(1) - ones
+
+    inputs, targets = side(length), side(target_length)
+    return Batch(
+        *(jnp.asarray(x, jnp.int32) for x in (*inputs, *targets)), jnp.ones((rows, target_length))
+    )
+
+
+def _plain_product(dtype) -> tuple[float, Callable]:
+    """FLOPs of a square product, and a function that computes it."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    return 2.0 * size**3, lambda: multiply(x, x).block_until_ready()

@@ -1,5 +1,7 @@
 """moekit <verb>: every verb is a dataclass whose fields are its flags; each takes --json."""
 
+import importlib
+import inspect
 import json
 import os
 import sys
@@ -219,49 +221,68 @@ class Eval:
         return {name: found[name] for name in kept}, make_table(found)
 
 
+# benchmark: module and function; a flag of `Bench` goes to the parameter of its name
+BENCHMARKS = {
+    "layer": ("bench", "layer"),
+    "step": ("bench", "step"),
+    "input": ("bench_input", "input_pipeline"),
+    "peers": ("peers", "peers"),
+}
+
+
 @dataclass
 class Bench:
-    """Time the MoE layer against the dense FFN of equal FLOPs, or the input pipeline."""
+    """Timings. layer: an MoE layer against the dense FFN of equal FLOPs; step: a training step
+    against its dense twin; input: an epoch of instructions of the data folder through the
+    pipeline; peers: our models beside those of transformers.
+
+    Flags that are not given have the benchmark's own defaults."""
 
     what: Annotated[str, tyro.conf.Positional] = "layer"
-    """layer, or input: an epoch of NIv2, chain of thought and dialog of the data folder."""
-    tokens: int = 4096
-    d_model: int = 256
-    d_ff: int = 704
-    capacity_factor: float = 1.25
-    repeats: int = 15
-    input_length: int = 512
-    target_length: int = 128
-    tokenizer: str = ""
+    tokens: int | None = None
+    d_model: int | None = None
+    d_ff: int | None = None
+    capacity_factor: float | None = None
+    preset: str | None = None
+    batch: int | None = None
+    """Rows a step."""
+    input_length: int | None = None
+    target_length: int | None = None
+    vocab_size: int | None = None
+    mesh: str | None = None
+    """Axis sizes such as expert=8."""
+    remat: str | None = None
+    dispatch: str | None = None
+    """capacity or dropless."""
+    tokenizer: str | None = None
     """Path of a SentencePiece model for input; default one trained on the data folder and kept."""
-    workers: int = 0
+    workers: int | None = None
     """Processes that read ahead, for input."""
+    repeats: int | None = None
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        if self.what == "input":
-            from moekit.bench_input import input_pipeline
+        if self.what not in BENCHMARKS:
+            raise unknown("benchmark", self.what, BENCHMARKS)
+        module, name = BENCHMARKS[self.what]
+        from moekit.sharding import make_mesh
 
-            lengths = {"input_length": self.input_length, "target_length": self.target_length}
-            return input_pipeline(self.tokenizer, **lengths, workers=self.workers)
-        if self.what != "layer":
-            raise unknown("benchmark", self.what, ("layer", "input"))
-        from moekit import bench
+        function = getattr(importlib.import_module(f"moekit.{module}"), name)
+        flags = {k: v for k, v in vars(self).items() if k not in ("what", "json") and v is not None}
+        for flag in flags.keys() - inspect.signature(function).parameters.keys():
+            raise ValueError(f"bench {self.what} has no --{flag.replace('_', '-')}: leave it out")
+        if self.mesh:
+            flags["mesh"] = make_mesh(**_axes(self.mesh))
+        found = function(**flags)
+        return found if isinstance(found, tuple) else (found, _columns(found))
 
-        rows = bench.layer(
-            tokens=self.tokens,
-            d_model=self.d_model,
-            d_ff=self.d_ff,
-            capacity_factor=self.capacity_factor,
-            repeats=self.repeats,
-        )
-        lines = [f"{'experts':>7} {'k':>2} {'variant':10} {'ms':>9} {'ratio to dense':>15}"]
-        lines += [
-            f"{r['experts']:7} {r['k']:2} {r['variant']:10} {r['ms']:9.2f} "
-            f"{r['ratio_to_dense']:15.2f}"
-            for r in rows
-        ]
-        return rows, "\n".join(lines)
+
+def _columns(rows: list[dict]) -> str:
+    """Rows of equal keys as a table."""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(lines)
 
 
 @dataclass

@@ -182,6 +182,17 @@ def devices_of_rows() -> int:
     return row_shards(_MESH.get())
 
 
+def platform() -> str:
+    """Where the traced code will run: the mesh's kind of device, or the default one."""
+    mesh = _MESH.get()
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
+def varying(x: Array) -> frozenset[str]:
+    """The mesh axes along which an array inside shard_map differs between devices."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
 def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
     """Activations with their rows split over the mesh, if it divides them, and nothing else."""
     mesh = _MESH.get()

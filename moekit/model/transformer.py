@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
-from moekit.model.attention import Attention, RelativeBias, segment_mask
+from moekit.model.attention import Attention, RelativeBias, product, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
-from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on
+from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on, platform
 
 # what a backward pass finds saved of each layer ("none": everything)
 REMAT = {
@@ -109,11 +109,9 @@ class FFN(nnx.Module):
 
 
 def _feed_forward(x, wi_df, wo_fd, wg_df=None):
-    # flat: XLA's CPU backend takes twice as long for the same products in three dimensions
-    flat = x.reshape(-1, x.shape[-1])
-    h = flat @ wi_df
-    h = jax.nn.relu(h) if wg_df is None else gated_gelu(flat @ wg_df, h)
-    return (h @ wo_fd).reshape(x.shape)
+    h = product(x, wi_df)
+    h = jax.nn.relu(h) if wg_df is None else gated_gelu(product(x, wg_df), h)
+    return product(h, wo_fd)
 
 
 def _dtype(cfg: ModelConfig):
@@ -280,7 +278,9 @@ class Stack(nnx.Module):
             state, inputs = per_unit
             return step(nnx.merge(graphdef, state), x, inputs)
 
-        return jax.lax.scan(body, x, (state, inputs))
+        # a CPU's time goes into cutting layers out of stacks and filling stacks of what is saved
+        unroll = 4 if platform() == "cpu" else 1
+        return jax.lax.scan(body, x, (state, inputs), unroll=unroll)
 
     def __call__(self, x, context: Context, key):
         """Returns states, then statistics and routing [MoE layers, ..] or None."""
@@ -465,9 +465,11 @@ class EncoderDecoder(nnx.Module):
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.head_dv is None:
             # T5 v1.0 shares the embedding and scales, because its rows have unit variance
-            logits = on_rows(lambda x, w_vd: x @ w_vd.T, x.dtype, x, self.embedding_vd)
-            return logits.astype(jnp.float32) * self.cfg.d_model**-0.5
-        to_logits = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+            x = (x.astype(jnp.float32) * self.cfg.d_model**-0.5).astype(x.dtype)
+            logits = on_rows(lambda x, w_vd: product(x, w_vd.T), x.dtype, x, self.embedding_vd)
+            return logits.astype(jnp.float32)
+        exact = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        to_logits = product if x.dtype == jnp.float32 else exact
         return on_rows(to_logits, x.dtype, x, self.head_dv)
 
 

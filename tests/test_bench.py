@@ -1,0 +1,86 @@
+"""Benchmarks at tiny sizes: the form of their rows, equal work and equal drops; never a time."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import moekit as mk
+from moekit import bench
+from moekit.cli import BENCHMARKS, main
+from moekit.peers import _config, _ours
+
+TINY = {"d_model": 64, "d_ff": 32, "vocab_size": 128}
+
+
+def rows_of(capsys, *argv):
+    assert main(["bench", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_layer_has_one_row_a_variant(capsys):
+    rows = rows_of(capsys, "layer", "--tokens", 64, "--d-model", 16, "--d-ff", 32, "--repeats", 2)
+    variants = ("dense", "capacity", "dropless", "einsum")
+    assert [(r["experts"], r["k"], r["variant"]) for r in rows] == [
+        (experts, k, v) for experts, k in bench.SHAPES for v in variants
+    ]
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["ms"] and row["tokens"] == 64
+        if row["variant"] == "dense":
+            assert row["ratio_to_dense"] == row["min_ratio_to_dense"] == 1
+
+
+def test_the_einsum_peer_computes_the_same():
+    options = {"router": mk.TopK(k=2), "capacity_factor": 1.0}
+    ours = mk.MoE(8, 16, 4, rngs=nnx.Rngs(0), **options)
+    peer = bench.EinsumMoE(8, 16, 4, rngs=nnx.Rngs(0), **options)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    np.testing.assert_allclose(ours(x)[0], peer(x)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("presets", "flags"),
+    [
+        (["st-nano", "t5-nano"], ["--dispatch", "dropless"]),
+        (["t5-nano"], ["--mesh", "data=8", "--remat", "full"]),
+    ],
+)
+def test_step_stands_beside_its_dense_twin(presets, flags, capsys):
+    flags = ["--batch", 8, "--input-length", 16, "--target-length", 8, "--repeats", 2, *flags]
+    rows = rows_of(capsys, "step", "--preset", presets[0], *flags)
+    assert [row["preset"] for row in rows] == presets and rows[-1]["ratio_to_dense"] == 1
+    for row in rows:
+        assert row["devices"] == (8 if "--mesh" in flags else 1)
+        assert row["recompilations"] == 0 and row["compile_seconds"] > 0
+        # tokens / s = tokens / ms
+        assert row["tokens_per_second"] * row["ms"] == pytest.approx(8 * 24 * 1000, rel=0.01)
+        flops = mk.preset(row["preset"]).flops_per_token()
+        flops = 3 * 8 * (16 * flops[0] + 8 * flops[1])
+        assert row["model_gflops_per_second"] == pytest.approx(flops / row["ms"] / 1e6, abs=0.1)
+
+
+def test_ours_drops_nothing_at_the_peers_work():
+    data = bench.full_batch(2, 16, 8, TINY["vocab_size"])
+    config = _config(4, TINY | {"num_heads": 1})
+    functions, dropped = _ours(config, data)
+    loss, _ = functions["forward"]()
+    (again, _), gradient = functions["forward + backward"]()
+    assert dropped == 0 and config.moe_layers("decoder") == 2
+    np.testing.assert_allclose(loss, again, rtol=1e-5)
+    assert max(abs(g).max() for g in jax.tree.leaves(gradient)) > 0
+
+
+def test_without_torch_one_line_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench", "peers"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install 'moekit[parity]'" in error
+
+
+def test_flags_that_a_benchmark_lacks_are_refused(capsys):
+    for what in BENCHMARKS:
+        assert main(["bench", what, "--capacity-factor", "1", "--remat", "full"]) == 2
+        assert f"bench {what} has no --" in capsys.readouterr().err
