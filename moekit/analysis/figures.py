@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from flax import nnx
 from matplotlib.patheffects import withStroke
 
 from moekit.analysis.balance import expert_load
@@ -320,6 +321,29 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     ax.set_xticks(at, suites)
     ax.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
+    return fig
+
+
+def plot_sharding(parameters: Mapping[str, nnx.Variable]):
+    """Each parameter cut along its split dimensions, with the devices that hold each part."""
+    fig, axes = _grid(len(parameters), width=3.8, height=3.0, columns=3)
+    for ax, (name, parameter) in zip(axes, parameters.items(), strict=True):
+        shape, sharding = parameter.shape, parameter[...].sharding
+        parts = [n // held for n, held in zip(shape, sharding.shard_shape(shape), strict=True)]
+        cells = np.zeros(parts, object)
+        for device, index in sharding.devices_indices_map(shape).items():
+            at = tuple((s.start or 0) * n // d for s, n, d in zip(index, parts, shape, strict=True))
+            cells[at] = [*(cells[at] or []), device.id]
+        split = [d for d, n in enumerate(parts) if n > 1]
+        cells = cells.reshape(parts[split[0]] if split else 1, -1)
+        shades = [[min(devices) for devices in row] for row in cells]
+        ax.imshow(shades, cmap="Greys", vmin=-1, vmax=14, aspect="auto")
+        for (row, column), devices in np.ndenumerate(cells):
+            ax.text(column, row, ", ".join(map(str, devices)), ha="center", va="center")
+        labels = [f"{parameter.axes[d]}, {shape[d]} in {parts[d]} parts" for d in split]
+        ax.set(title=f"{name} {list(shape)}", ylabel="".join(labels[:1]) or "whole")
+        ax.set(xlabel=" x ".join(labels[1:]) or "whole", xticks=[], yticks=[])
+    fig.suptitle("Which devices hold which part")
     return fig
 
 
