@@ -65,15 +65,16 @@ print("device numbers [data, expert, model]:", np.vectorize(lambda d: d.id)(mesh
 # split over data *and* expert: what every device uses, no device keeps whole. Norms are tiny and
 # lie everywhere.
 
+
 # %%
+def three_of(model):
+    first, last = model.encoder.blocks[0], model.encoder.blocks[-1]
+    experts, dense, norm = last.moe.experts.wi_edf, first.ffn.wi_df, first.ffn_norm.scale_d
+    return {"experts wi_edf": experts, "dense wi_df": dense, "norm scale_d": norm}
+
+
 model = mk.EncoderDecoder(mk.preset(f"st-{SIZE}"), seed=0, mesh=mesh)
-first, last = model.encoder.blocks[0], model.encoder.blocks[-1]
-chosen = {
-    "experts wi_edf": last.moe.experts.wi_edf,
-    "dense wi_df": first.ffn.wi_df,
-    "norm scale_d": first.ffn_norm.scale_d,
-}
-mk.show(mk.plot_sharding(chosen), "02-who-holds-what")
+mk.show(mk.plot_sharding(three_of(model)), "02-who-holds-what")
 
 # %% [markdown]
 # The same three parameters where all devices lie on the expert axis: one expert each. The first
@@ -81,13 +82,7 @@ mk.show(mk.plot_sharding(chosen), "02-who-holds-what")
 
 # %%
 model = mk.EncoderDecoder(mk.preset(f"st-{SIZE}"), seed=0, mesh=mk.make_mesh(expert=8))
-first, last = model.encoder.blocks[0], model.encoder.blocks[-1]
-chosen = {
-    "experts wi_edf": last.moe.experts.wi_edf,
-    "dense wi_df": first.ffn.wi_df,
-    "norm scale_d": first.ffn_norm.scale_d,
-}
-mk.show(mk.plot_sharding(chosen), "02-eight-experts")
+mk.show(mk.plot_sharding(three_of(model)), "02-eight-experts")
 
 # %% [markdown]
 # How much is that? Beside it what a device would hold if everything were replicated, and if only
@@ -115,11 +110,11 @@ mk.show(mk.plot_bars(kinds, "MiB on each device", title), "02-bytes")
 
 # %%
 x = jax.random.normal(jax.random.key(1), (16, 128, 64))
+options = {"router": mk.TopK(k=2), "capacity_counts_k": True, "group_size": 128}
 
 
 def program(dispatch, mesh):
-    layer = mk.MoE(64, 256, 8, router=mk.TopK(k=2), capacity_counts_k=True, group_size=128,
-                   dispatch=dispatch, mesh=mesh, rngs=nnx.Rngs(0))  # fmt: skip
+    layer = mk.MoE(64, 256, 8, dispatch=dispatch, mesh=mesh, rngs=nnx.Rngs(0), **options)
     graphdef, params = nnx.split(layer)
 
     def loss(params, x):
@@ -152,20 +147,20 @@ for (dispatch, name), (compiled, _) in programs.items():
 for (dispatch, name), collectives in traffic.items():
     print(f"{dispatch}, {name}")
     for (op, axis), found in sorted(collectives.items()):
-        print(f"  {found.count:2} {op:15} over {axis:12} {found.nbytes / 1e3:8.1f} kB")
+        print(f"  {found.count:2} {op:15} over {axis:12} {found.nbytes / 1e3:8.2f} kB")
 
 # %% [markdown]
 # **Capacity**: four all-to-alls whatever the mesh. Slots travel to their experts, results travel
 # back, and the backward pass does both again for the gradients. Each carries
 # `slots x features x bytes x (n - 1) / n`: on 1x8 a device has two groups of 8 experts x 40 slots,
-# so 640 x 64 x 4 x 7/8 = 143 kB, four times. No gather and no sum touches the tokens because of the
-# layer. What else travels are weights: where there is a data axis, each expert's matrices are split
-# over it as well, gathered just before use, and their gradients come home by reduce-scatter.
+# so 640 x 64 x 4 x 7/8 = 143 kB, four times. On the first two meshes nothing else touches tokens.
+# What else travels are weights: where there is a data axis, each expert's matrices are split over
+# it as well, gathered just before use, and their gradients come home by reduce-scatter.
 #
-# **Dropless**: here tokens do not know in advance how many of them go where, so on this backend a
-# ring gathers all tokens, each device computes what its experts have to, and a reduce-scatter adds
-# up. That costs more the longer the expert axis is (TPUs and GPUs have a ragged all-to-all and use
-# it).
+# **Dropless**: how many tokens go where is not known in advance, so here all tokens along the
+# expert axis are gathered, each device computes what is for its experts, and a reduce-scatter adds
+# up. On an axis of two devices that is less than the slots, on one of eight three times as much.
+# (TPUs and GPUs have a ragged all-to-all, and use it.)
 #
 # **The model axis** splits each expert's hidden features: its two sums, one forward and one
 # backward, are of whole activations. That is why it is the last axis to reach for.
@@ -234,8 +229,8 @@ excerpt("all-reduce")
 
 # %% [markdown]
 # A group like `{0},{1},..` holds one device only: such a line sums over an axis of size one, moves
-# nothing, and `Walker` books nothing. What is real is the sum of the layer's statistics: a
-# dozen small numbers, for the balance loss and the report.
+# nothing, and `Walker` books nothing. What is real is the sum of the layer's statistics, a few
+# numbers, for the balance loss and the report.
 
 # %%
 excerpt("dot")
@@ -250,10 +245,12 @@ excerpt("dot")
 # ## What recomputing costs
 # `remat="full"` keeps each layer's input only and computes the layer again in the backward pass.
 # That saves memory and costs FLOPs. In an MoE it also costs traffic: the recomputed layer sends its
-# tokens again. Here the whole training step, eight layers a stack with four MoE layers each.
+# tokens again. Here is the whole training step of two stacks of eight layers; every second one is
+# an MoE layer.
 
 # %%
 cfg = mk.preset(f"st-{SIZE}").replace(encoder_layers=8, decoder_layers=8)
+cfg = cfg.replace(encoder_moe_layers=4, decoder_moe_layers=4)
 mesh = meshes["2x4"]
 model = nnx.eval_shape(lambda: mk.EncoderDecoder(cfg, mesh=mesh))
 for remat in ("none", "full"):
@@ -270,9 +267,10 @@ for remat in ("none", "full"):
     )
 
 # %% [markdown]
-# Without recomputing, every MoE layer has its four all-to-alls. With it there are six: the way
-# there and the way back run once more. (Nobody needs the last result of a recomputed layer, but the
-# compiler keeps the exchange inside its loop.)
+# Without recomputing, each of the eight MoE layers has its four all-to-alls. With it there are six:
+# the way there and the way back run once more. The way back too, because the gradient of a combine
+# weight is a product with what the expert returned. `remat="dots"` lies between: it keeps the
+# products with weights.
 
 # %% [markdown]
 # ## Exercises
