@@ -212,14 +212,14 @@ for p in timed.values():
 # The training command follows from the plan (`SHARED` is a folder that every host sees):
 
 # %%
-rows, axes = first.batch, ",".join(f"{n}={s}" for n, s in first.mesh.items() if s > 1)
-tokens = rows * (first.input_length + first.target_length)
+axes = ",".join(f"{name}={size}" for name, size in first.mesh.items() if size > 1)
+tokens = first.batch * (first.input_length + first.target_length)
 print(f"""gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
     cd moekit && .venv/bin/moekit train --preset {first.preset} --mesh {axes} \\
         --tokenizer SHARED/tokenizer.model --corpus builtin --workdir SHARED/runs/32b \\
         --batch-tokens {tokens} --input-length {first.input_length} \\
         --target-length {first.target_length} --optimizer {first.optimizer} \\
-        --remat {first.remat} --steps {TOKENS / tokens:.0f}" """)
+        --remat {first.remat} --steps {TOKENS / tokens:.0f}\"""")
 
 # %% [markdown]
 # ## Exercises

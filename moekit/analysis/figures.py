@@ -103,7 +103,7 @@ def plot_packing(batch: Batch):
 def plot_bars(groups: Mapping[str, Mapping[str, float]], label: str, title: str, line=None):
     """Grouped bars {series: {bar: value}} with an optional (name, level) to compare with."""
     names = list(next(iter(groups.values())))
-    fig, ax = plt.subplots(figsize=(2.5 + 1.1 * len(names), 3.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(max(5, 2.5 + 1.1 * len(names)), 3.4), layout="constrained")
     width = 0.8 / len(groups)
     for i, (series, values) in enumerate(groups.items()):
         x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
@@ -114,7 +114,7 @@ def plot_bars(groups: Mapping[str, Mapping[str, float]], label: str, title: str,
         ax.axhline(line[1], color="black", ls="--", lw=1, label=line[0])
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel=label, title=title)
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     return fig
 
 
@@ -385,4 +385,5 @@ def _stacked(ax, parts: Mapping[str, float]) -> None:
             label=f"{name} {value:.3g}",
         )
         bottom += value
-    ax.legend(fontsize=8, loc="upper right")
+    ax.margins(y=0.1)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
