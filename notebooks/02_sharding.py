@@ -239,8 +239,8 @@ excerpt("dot")
 # The work itself. `[640,256]` are an expert's 640 slots (80 from each of eight devices) times its
 # hidden features. Two products up (the gate and the input of the gated GELU), one down; the
 # backward pass has two for each of these, one for the gradient of the weights and one for that of
-# the slots. The other three are the router's: the logits `[256,8]` of this device's tokens and their
-# two gradients, in the highest precision.
+# the slots. The other three are the router's: the logits `[256,8]` of this device's tokens and
+# their two gradients, in the highest precision.
 
 # %% [markdown]
 # ## What recomputing costs
