@@ -125,6 +125,11 @@ title = f"{nano.preset} on {nano.topology}: memory"
 mk.show(mk.plot_bars(memory, "GiB a chip", title), "11-meshes-memory")
 
 # %% [markdown]
+# Less expert parallelism sends fewer bytes of tokens. Recomputing costs time twice, in products and
+# on links, and saves nothing here: nano's stacks have two layers. It is for depth (see the end of
+# notebook 02), and memory is not what a nano model lacks.
+
+# %% [markdown]
 # ## The 32B model
 # The paper's largest, as rebuilt here: 269 B parameters, 64 experts in every fourth layer. Its step
 # is a batch of 256 rows of 2,048 + 512 tokens with Adafactor, float32 parameters and bfloat16
