@@ -15,8 +15,8 @@ _HOMES = {
     "analysis.balance": "balance_table",
     "analysis.figures": "plot_bars plot_coactivation plot_domain_distance "
     "plot_domain_specialization plot_expert_load plot_learning_curves plot_packing plot_rates "
-    "plot_routing plot_scores plot_specialization plot_task_specialization "
-    "plot_token_specialization save_figure show",
+    "plot_routing plot_scores plot_sharding plot_specialization "
+    "plot_task_specialization plot_token_specialization save_figure show",
     "analysis.specialization": "domain_specialization saturation task_specialization "
     "token_specialization",
     "analysis.trace": "RouterTrace trace_routing text_prompts",

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -132,6 +133,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """A plan recorded by `moekit plan --json`."""
+        return cls(**json.loads(Path(path).read_text()))
 
     def plot(self):
         """Memory by kind beside the chip's limit, and the step's time by what it is spent on."""

@@ -16,8 +16,8 @@
 #
 # moekit rebuilds FLAN-MoE (Shen et al. 2023): sparse encoder-decoder models that are pretrained by
 # span corruption and then instruction-tuned on many tasks. The notebooks go in order: 01 the MoE
-# layer, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router balance, 08
-# expert specialization.
+# layer, 02 sharding, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router
+# balance, 08 expert specialization, 11 scaling to pods.
 
 # %%
 # On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.

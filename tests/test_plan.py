@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from moekit.plan import Request, compile_in_child
 from moekit.step import abstract_batch, compiled_step
 from moekit.sweep import ranking, sweep
 
+RECORDED = Path(__file__).parent.parent / "assets/plans"
 LENGTHS = {"batch": 8, "input_length": 128, "target_length": 64}
 
 
@@ -114,6 +116,15 @@ def test_requests_that_cannot_be_planned(change, message):
 def test_a_sweep_needs_a_slice_that_divides_the_batch():
     with pytest.raises(ValueError, match="use a multiple of 8"):
         sweep(mk.preset("st-nano"), "v5e:2x4", 3, 64, 32, "adafactor", "full")
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.json")), ids=lambda p: p.stem)
+def test_a_recorded_plan_loads_and_belongs_to_its_preset(path):
+    plan = mk.Plan.load(path)
+    assert plan.to_dict() == json.loads(path.read_text())
+    assert plan.parameters == mk.preset(plan.preset).num_parameters().total
+    assert plan.fits == (plan.hbm_gib_per_chip["total"] <= plan.hbm_limit_gib)
+    assert plan.topology in str(plan)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")

@@ -42,3 +42,13 @@ def test_specs_use_every_mesh_axis_once_and_only_where_it_divides():
     assert spec((64, 128), ("embed", "mlp"), mesh) == P(("expert", "data"), ("model",))
     assert spec((63, 128), ("embed", "mlp"), mesh) == P(None, ("model",))
     assert spec((64,), (None,), mesh) == P(None)
+
+
+def test_the_picture_of_placement_names_the_devices_of_every_part():
+    model = mk.EncoderDecoder(mk.preset("st-nano"), mesh=mk.make_mesh(data=2, expert=2, model=2))
+    layer = model.encoder.blocks[-1]
+    weights = {"experts": layer.moe.experts.wi_edf, "norm": layer.ffn_norm.scale_d}
+    fig = mk.plot_sharding(weights)
+    experts, norm = ({text.get_text() for text in ax.texts} for ax in fig.axes[:2])
+    assert experts == set("01234567") and norm == {"0, 1, 2, 3, 4, 5, 6, 7"}
+    assert fig.axes[0].get_ylabel() == "expert, 8 in 2 parts"

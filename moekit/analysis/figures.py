@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from flax import nnx
 from matplotlib.patheffects import withStroke
 
 from moekit.analysis.balance import expert_load
@@ -102,7 +103,7 @@ def plot_packing(batch: Batch):
 def plot_bars(groups: Mapping[str, Mapping[str, float]], label: str, title: str, line=None):
     """Grouped bars {series: {bar: value}} with an optional (name, level) to compare with."""
     names = list(next(iter(groups.values())))
-    fig, ax = plt.subplots(figsize=(2.5 + 1.1 * len(names), 3.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(max(5, 2.5 + 1.1 * len(names)), 3.4), layout="constrained")
     width = 0.8 / len(groups)
     for i, (series, values) in enumerate(groups.items()):
         x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
@@ -113,7 +114,7 @@ def plot_bars(groups: Mapping[str, Mapping[str, float]], label: str, title: str,
         ax.axhline(line[1], color="black", ls="--", lw=1, label=line[0])
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel=label, title=title)
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     return fig
 
 
@@ -323,6 +324,29 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping]], title: str = ""):
     return fig
 
 
+def plot_sharding(parameters: Mapping[str, nnx.Variable]):
+    """Each parameter cut along its split dimensions, with the devices that hold each part."""
+    fig, axes = _grid(len(parameters), width=3.8, height=3.0, columns=3)
+    for ax, (name, parameter) in zip(axes, parameters.items(), strict=True):
+        shape, sharding = parameter.shape, parameter[...].sharding
+        parts = [n // held for n, held in zip(shape, sharding.shard_shape(shape), strict=True)]
+        cells = np.zeros(parts, object)
+        for device, index in sharding.devices_indices_map(shape).items():
+            at = tuple((s.start or 0) * n // d for s, n, d in zip(index, parts, shape, strict=True))
+            cells[at] = [*(cells[at] or []), device.id]
+        split = [d for d, n in enumerate(parts) if n > 1]
+        cells = cells.reshape(parts[split[0]] if split else 1, -1)
+        shades = [[min(devices) for devices in row] for row in cells]
+        ax.imshow(shades, cmap="Greys", vmin=-1, vmax=14, aspect="auto")
+        for (row, column), devices in np.ndenumerate(cells):
+            ax.text(column, row, ", ".join(map(str, devices)), ha="center", va="center")
+        labels = [f"{parameter.axes[d]}, {shape[d]} in {parts[d]} parts" for d in split]
+        ax.set(title=f"{name} {list(shape)}", ylabel="".join(labels[:1]) or "whole")
+        ax.set(xlabel=" x ".join(labels[1:]) or "whole", xticks=[], yticks=[])
+    fig.suptitle("Which devices hold which part")
+    return fig
+
+
 def plot_plan(plan):
     """A `Plan`: memory of a chip by kind beside its limit, the step's time by what it is spent on,
     and what the collectives send."""
@@ -361,4 +385,5 @@ def _stacked(ax, parts: Mapping[str, float]) -> None:
             label=f"{name} {value:.3g}",
         )
         bottom += value
-    ax.legend(fontsize=8, loc="upper right")
+    ax.margins(y=0.1)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)

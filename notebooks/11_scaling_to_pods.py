@@ -1,0 +1,236 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 11 Scaling to pods
+#
+# **What you will see**: training steps compiled for TPU slices that are not here; how to read what
+# the compiler says of memory, time and traffic; other meshes compared; the 32B model of the paper
+# on several slices, what its step waits for and what it costs; how a pod is launched. **Time**:
+# about three minutes, a few seconds without the TPU compiler.
+
+# %%
+# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("moekit") is None:
+    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
+import math
+from pathlib import Path
+
+import moekit as mk
+from moekit.sweep import ranking
+
+FULL = False  # True with an hour or more: the base model and the 32B model are compiled anew
+LIVE = importlib.util.find_spec("libtpu") is not None
+places = [Path("assets/plans"), Path("../assets/plans"), Path("moekit-plans/assets/plans")]
+if not any(place.is_dir() for place in places):  # on Colab
+    clone = "git clone -q --depth 1 --branch v0.1.0 https://github.com/moekit/moekit moekit-plans"
+    subprocess.run(clone.split(), check=True)
+PLANS = next(place for place in places if place.is_dir())
+if not LIVE:
+    print("Skipped: nothing is compiled here, recorded plans are shown instead, because libtpu,")
+    print("the TPU compiler, is not installed. It needs no TPU: pip install 'moekit[tpu]' (Linux).")
+
+# %% [markdown]
+# ## A plan
+# `mk.plan` compiles the *real* training step (forward, backward, optimizer) ahead of time for a
+# named slice, with the compiler that would compile it there, and reads the program that comes out.
+#
+# - Memory and the collectives are what would run.
+# - Times are **estimates**, never measurements: products by the compiler's own cycles, all else by
+#   its bytes of memory, collectives by the links that their devices span. The low bound of a step
+#   lets links work beside everything else, the high one beside nothing.
+#
+# The small setting plans the nano model, whose plans compile fast; it is far too small for a TPU,
+# and the plan says so.
+
+
+# %%
+def planned(record, model, **options):
+    """Compiled here if that is possible and quick or asked for, else as recorded."""
+    if LIVE and (FULL or model == "st-nano"):
+        return mk.plan(model, "v5e:2x4", batch=64, **options)
+    return mk.Plan.load(PLANS / f"{record}.json")
+
+
+nano = planned("st-nano-v5e-2x4", "st-nano", mesh={"expert": 8})
+print(nano)
+
+# %% [markdown]
+# The base model on the same eight chips needs minutes of compiling, so its plan is a recorded one
+# (`moekit plan st-base --topology v5e:2x4 --mesh expert=8 --batch 64 --json`).
+
+# %%
+base = planned("st-base-v5e-2x4", "st-base", mesh={"expert": 8})
+print(base)
+
+# %%
+mk.show(base.plot(), "11-base")
+
+# %% [markdown]
+# ## Reading it
+# - **Memory a chip**: *arguments* are the chip's part of parameters and optimizer state,
+#   *temporaries* activations and gathered weights, *program* the code. Their sum must stay below
+#   the chip's memory (the dashed line), and this is exact.
+# - **Time**: the stack is what the step would take if nothing overlapped; the dotted lines are the
+#   two bounds. *products* are matrix products, *memory* is what is bound by reading and writing,
+#   *links* is what travels between chips.
+# - **MFU** is the model's FLOPs over the peak of the chips for that time. FLOPs that are computed
+#   again (remat), padded slots and attention scores cost time and do not count.
+# - **Collectives**: over `expert`, all-to-alls carry tokens; all-gathers bring weights together
+#   just before use, reduce-scatters bring their gradients home. Notebook 02 shows them.
+# - **Verdict**: whether it fits, what most of the time goes to, what to change.
+
+# %%
+for plan in (nano, base):
+    low, high = (1e3 * s for s in plan.step_seconds)
+    print(f"{plan.preset}: {low:.2f} to {high:.2f} ms a step (estimate)")
+    print(f"  MFU {100 * plan.mfu[0]:.1f} to {100 * plan.mfu[1]:.1f} % (estimate)")
+    print(f"  waits for {plan.waits_for}; {'; '.join(plan.advice)}")
+
+# %% [markdown]
+# ## Other meshes, other remat
+# The same step with half the expert parallelism, and without recomputing. `moekit plan --sweep`
+# tries all that divide and ranks them; here are three by hand, on eight chips.
+
+# %%
+fewer = planned("st-nano-v5e-2x4-expert4", "st-nano", mesh={"expert": 4})
+kept = planned("st-nano-v5e-2x4-none", "st-nano", mesh={"expert": 8}, remat="none")
+plans = {
+    "expert 8\nremat full": nano,
+    "expert 4, data 2\nremat full": fewer,
+    "expert 8\nremat none": kept,
+}
+bounds = {"links beside all else": 0, "links in turn": 1}
+times = {b: {n: 1e3 * p.step_seconds[i] for n, p in plans.items()} for b, i in bounds.items()}
+title = f"{nano.preset} on {nano.topology}: step time (an estimate)"
+mk.show(mk.plot_bars(times, "ms a step (estimate)", title), "11-meshes")
+
+# %%
+kinds = ("arguments", "temporaries", "program")
+memory = {k: {n: p.hbm_gib_per_chip[k] for n, p in plans.items()} for k in kinds}
+title = f"{nano.preset} on {nano.topology}: memory"
+mk.show(mk.plot_bars(memory, "GiB a chip", title), "11-meshes-memory")
+
+# %% [markdown]
+# Less expert parallelism sends fewer bytes of tokens. Recomputing costs time twice, in products and
+# on links, and saves nothing here: nano's stacks have two layers. It is for depth (see the end of
+# notebook 02), and memory is not what a nano model lacks.
+
+# %% [markdown]
+# ## The 32B model
+# The paper's largest, as rebuilt here: 269 B parameters, 64 experts in every fourth layer. Its step
+# is a batch of 256 rows of 2,048 + 512 tokens with Adafactor, float32 parameters and bfloat16
+# compute. A compile takes many minutes and gigabytes, so these plans are recorded (`assets/plans`,
+# each the output of `moekit plan st-32b .. --json`); `FULL = True` compiles all of them again.
+
+# %%
+recorded = [mk.Plan.load(path) for path in sorted(PLANS.glob("st-32b-*.json"))]
+if FULL and LIVE:
+    same = ("mesh", "batch", "input_length", "target_length", "optimizer", "remat")
+    recorded = [
+        mk.plan(p.preset, p.topology, **{name: getattr(p, name) for name in same}) for p in recorded
+    ]
+print(ranking(recorded))
+
+# %%
+big = {
+    f"{p.topology}\nexpert {p.mesh['expert']}, model {p.mesh['model']}\nremat {p.remat}": p
+    for p in recorded
+}
+memory = {
+    "needed": {n: p.hbm_gib_per_chip["total"] for n, p in big.items()},
+    "the chip has": {n: p.hbm_limit_gib for n, p in big.items()},
+}
+mk.show(mk.plot_bars(memory, "GiB a chip", "32B: memory of a chip"), "11-32b-memory")
+
+# %% [markdown]
+# What the step waits for. A plan that does not fit has no time: the compiler stops there.
+
+# %%
+timed = {name: p for name, p in big.items() if p.step_seconds}
+times = {b: {n: p.step_seconds[i] for n, p in timed.items()} for b, i in bounds.items()}
+title = "32B: step time (an estimate)"
+mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-step")
+
+# %%
+parts = ("products", "memory", "links")
+split = {part: {n: p.split_seconds[part] for n, p in timed.items()} for part in parts}
+title = "32B: what the time goes to (an estimate)"
+mk.show(mk.plot_bars(split, "seconds a step (estimate)", title), "11-32b-split")
+
+# %%
+first = next(iter(timed.values()))
+mk.show(first.plot(), "11-32b-plan")
+
+# %% [markdown]
+# Look at what travels: all-gathers and reduce-scatters of *weights* carry by far the most, over the
+# expert axis, because dense parameters are fully sharded. The all-to-alls of tokens, the price of
+# being sparse, carry a small part of that. At this scale the sharding of dense weights is what
+# needs care.
+
+# %% [markdown]
+# ## What a step costs
+# Chips times seconds. Set the tokens of a run; positions count, padding included. Chip-hours are
+# estimates between the two bounds of the step. No price stands here: put in what you pay.
+
+# %%
+TOKENS = 100e9  # of the run
+PRICE = None  # of one chip for an hour, in your currency
+
+for p in timed.values():
+    chips = math.prod(p.mesh.values())
+    steps = TOKENS / (p.batch * (p.input_length + p.target_length))
+    hours = [steps * s / 3600 for s in p.step_seconds]
+    spent = [chips * s for s in p.step_seconds]
+    print(f"{p.topology}: {chips} chips, {spent[0]:.0f} to {spent[1]:.0f} chip-seconds a step")
+    print(f"  {steps:,.0f} steps take {hours[0]:,.0f} to {hours[1]:,.0f} hours (estimate)")
+    print(f"  {chips * hours[0]:,.0f} to {chips * hours[1]:,.0f} chip-hours (estimate)")
+    if PRICE is not None:
+        print(f"  {PRICE * chips * hours[0]:,.0f} to {PRICE * chips * hours[1]:,.0f} in money")
+
+# %% [markdown]
+# ## Launching it
+# A slice of more than one host runs the same command on every host: each process drives its own
+# chips, and XLA makes one program of all. On Cloud TPU VMs `--worker=all` starts them together
+# (on one worker alone it would wait for the others). The slice's type counts cores or chips by
+# generation: v5p-512 is 256 chips.
+#
+#     gcloud compute tpus tpu-vm create pod --zone ZONE --accelerator-type v5p-512 \
+#         --version v2-alpha-tpuv5
+#     gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
+#         git clone https://github.com/moekit/moekit && cd moekit &&
+#         python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+#
+# The training command follows from the plan (`SHARED` is a folder that every host sees):
+
+# %%
+axes = ",".join(f"{name}={size}" for name, size in first.mesh.items() if size > 1)
+tokens = first.batch * (first.input_length + first.target_length)
+print(f"""gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
+    cd moekit && .venv/bin/moekit train --preset {first.preset} --mesh {axes} \\
+        --tokenizer SHARED/tokenizer.model --corpus builtin --workdir SHARED/runs/32b \\
+        --batch-tokens {tokens} --input-length {first.input_length} \\
+        --target-length {first.target_length} --optimizer {first.optimizer} \\
+        --remat {first.remat} --steps {TOKENS / tokens:.0f}\"""")
+
+# %% [markdown]
+# ## Exercises
+# 1. Which slice would you rent for the 32B model if you pay for chip-hours, which if you wait for
+#    the result? Does the answer change between the two bounds?
+# 2. With libtpu: `mk.plan("st-nano", "v5e:2x4", mesh={"expert": 8}, batch=1024)`. How do MFU and
+#    memory change, and what does the step wait for now?
+# 3. `moekit plan st-32b --topology v5p --sweep` looks for the smallest v5p slice that holds the
+#    model. Guess first: 269 B parameters in float32, gradients, and one layer's activations.
