@@ -34,13 +34,14 @@ _HOMES = {
     "generate": "generate",
     "harness": "MoekitLM harness",
     "metrics": "Metrics",
-    "model.transformer": "EncoderDecoder auxiliary_losses with_config",
+    "model.transformer": "EncoderDecoder with_config",
     "moe.layer": "LayerStats MoE TokenRouting",
     "moe.routing": "ExpertChoice GShard Hash LossFree Random Routing Switch TopK assign",
     "plan": "Plan plan",
     "recipes": "Lab StudyConfig finetune instruction_tune pretrain study",
     "scores": "NormalisedAverage Scores compare normalised_average report",
     "sharding": "make_mesh",
+    "step": "auxiliary_losses",
     "train": "Run train",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moekit.config import TrainConfig
+from moekit.config import ModelConfig, TrainConfig
 from moekit.data.pipeline import Batch
-from moekit.model.transformer import EncoderDecoder, auxiliary_losses
+from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import LayerStats, update_router_bias
 from moekit.optim import make_optimizer, state_specs
 from moekit.sharding import BATCH, variable_spec
@@ -60,6 +60,18 @@ def token_losses(
         "z": jnp.sum(weights * log_z**2),
         "hits": jnp.sum(weights * (chosen >= logits.max(-1))),
         "count": jnp.sum(weights),
+    }
+
+
+def auxiliary_losses(cfg: ModelConfig, stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
+    """The router losses with their coefficients, as the mean over all MoE layers."""
+    if not stats:
+        return {"balance": jnp.zeros(()), "router_z": jnp.zeros(())}
+    balance = jnp.concatenate([each.balance_loss() for each in stats.values()])
+    router_z = jnp.concatenate([each.router_z_loss() for each in stats.values()])
+    return {
+        "balance": cfg.balance_loss * balance.mean(),
+        "router_z": cfg.router_z_loss * router_z.mean(),
     }
 
 

@@ -1,10 +1,12 @@
 """T5 attention: relative position bias, packing-correct masks, a KV cache.
 
-B batch, L query length, M key length, D d_model, N heads, H head dimension, R devices that split
-the rows of a batch.
+B batch, L query length, M key length, D d_model, N heads, H head dimension, K buckets of distances,
+R devices that split the rows of a batch.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -44,35 +46,66 @@ def relative_bucket(
     return offset + jnp.where(distance < exact, distance, far)
 
 
+@no_type_check  # a pytree: tree.map rebuilds it around leaves of any shape
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bias:
+    """What is added to a stack's attention logits, and where it was looked up."""
+
+    values: Float[Array, "N L M"]  # no gradient goes through these, it goes through `added`
+    table: Float[Array, "R K N"]  # a copy for each of the devices that split rows
+    bucket: Int[Array, "L M"]
+
+
+@jax.custom_vjp
+def added(logits: Float[Array, "B N L M"], bias: Bias) -> Float[Array, "B N L M"]:
+    """logits + bias.
+
+    The table's gradient is taken at once, as a product with the buckets' one-hot rows: left to
+    autodiff, all layers' cotangents of the logits would wait in memory to be summed.
+    """
+    return logits + bias.values
+
+
+def _added_backward(bias, g):
+    copies, buckets = bias.table.shape[:2]
+    copies = 1 if g.shape[0] % copies else copies
+    of_device = g.reshape(copies, -1, *g.shape[1:]).sum(1)
+    onehot = bias.bucket[..., None] == jnp.arange(buckets)
+    table = jnp.einsum(
+        "rnlm,lmk->rkn", of_device, onehot.astype(g.dtype), preferred_element_type=jnp.float32
+    )
+    whole = jnp.zeros_like(bias.table).at[:copies].set(table)
+    return g, Bias(None, whole, None)
+
+
+added.defvjp(lambda logits, bias: (added(logits, bias), bias), _added_backward)
+
+
 class RelativeBias(nnx.Module):
     """One bias per bucket and head, shared by all layers of a stack."""
 
     def __init__(
-        self, num_heads: int, *, bidirectional: bool, buckets: int, max_distance: int, rngs
+        self, num_heads: int, *, bidirectional: bool, buckets: int, max_distance: int, dtype, rngs
     ):
         shape, axes = (buckets, num_heads), (None, "heads")
         self.bias_bn = param(rngs, shape, axes, fan_in=num_heads)
         self.bidirectional, self.buckets = bidirectional, buckets
-        self.max_distance = max_distance
+        self.max_distance, self.dtype = max_distance, dtype
 
-    def __call__(self, queries: Int[Array, "L"], keys: Int[Array, "M"]) -> Float[Array, "R N L M"]:
-        """One copy for each of the R devices that split rows, so that only the table's gradient is
-        summed over devices, not that of every layer's logits.
-
-        Indices may stand for positions: packed examples are contiguous, so inside one example
-        their differences are the same, and attention across examples is masked.
-        """
+    def __call__(self, queries: Int[Array, "L"], keys: Int[Array, "M"]) -> Bias:
+        """Indices may stand for positions: packed examples are contiguous, so inside one example
+        their differences are the same, and attention across examples is masked."""
         bucket = relative_bucket(
             keys[None, :] - queries[:, None],
             bidirectional=self.bidirectional,
             buckets=self.buckets,
             max_distance=self.max_distance,
         )
-
-        def look_up(_, bias_bn):
-            return bias_bn[bucket].transpose(2, 0, 1)[None]
-
-        return on_rows(look_up, jnp.float32, jnp.zeros(devices_of_rows()), self.bias_bn)
+        copies = jnp.zeros(devices_of_rows())
+        table = on_rows(lambda _, bias_bn: bias_bn[None], jnp.float32, copies, self.bias_bn)
+        values = jax.lax.stop_gradient(self.bias_bn[...]).astype(self.dtype).T[:, bucket]
+        return Bias(values, table, bucket)
 
 
 def segment_mask(
@@ -145,16 +178,16 @@ class Attention(nnx.Module):
         keys: Float[Array, "B M N H"],
         values: Float[Array, "B M N H"],
         mask: Bool[Array, "#B 1 #L M"],
-        bias: Float[Array, "R N L M"] | None = None,
+        bias: Bias | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attend to projected keys and values; softmax in float32."""
+        """Attend to projected keys and values; softmax in float32 (of logits in the compute type,
+        as T5X has them: the largest arrays of a step are these)."""
         q = self._project(x, self.wq_dnh)
-        logits = jnp.einsum("blnh,bmnh->bnlm", q, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("blnh,bmnh->bnlm", q, keys)
         if bias is not None:
-            copies = 1 if logits.shape[0] % bias.shape[0] else bias.shape[0]
-            split = logits.reshape(copies, -1, *logits.shape[1:])
-            logits = (split + bias[:copies, None]).reshape(logits.shape)
-        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)
+            logits = added(logits, bias)
+        masked = jnp.where(mask, logits.astype(jnp.float32), MASKED)
+        weights = jax.nn.softmax(masked).astype(self.dtype)
         mixed = jnp.einsum("bnlm,bmnh->blnh", weights, values)
         return self._product("blnh,nhd->bld", mixed, self.wo_nhd)
 

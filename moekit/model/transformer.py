@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
-from moekit.model.attention import Attention, RelativeBias, product, segment_mask
+from moekit.model.attention import Attention, Bias, RelativeBias, product, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
-from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on, platform
+from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on
 
 # what a backward pass finds saved of each layer ("none": everything)
 REMAT = {
@@ -198,7 +198,7 @@ class Context:
     mask: Bool[Array, "B L"]
     token_ids: Int[Array, "B L"]
     self_mask: Bool[Array, "B 1 L L"]
-    bias: Float[Array, "R N L L"]
+    bias: Bias
     memory: Float[Array, "B M D"] | None = None
     cross_mask: Bool[Array, "B 1 L M"] | None = None
     step: Int[Array, ""] | None = None
@@ -265,6 +265,7 @@ class Stack(nnx.Module):
             bidirectional=name == "encoder",
             buckets=cfg.relative_buckets,
             max_distance=cfg.relative_max_distance,
+            dtype=_dtype(cfg),
             rngs=rngs,
         )
         self.norm = RMSNorm(cfg.d_model, rngs=rngs)
@@ -278,9 +279,7 @@ class Stack(nnx.Module):
             state, inputs = per_unit
             return step(nnx.merge(graphdef, state), x, inputs)
 
-        # a CPU's time goes into cutting layers out of stacks and filling stacks of what is saved
-        unroll = 4 if platform() == "cpu" else 1
-        return jax.lax.scan(body, x, (state, inputs), unroll=unroll)
+        return jax.lax.scan(body, x, (state, inputs))
 
     def __call__(self, x, context: Context, key):
         """Returns states, then statistics and routing [MoE layers, ..] or None."""
@@ -290,10 +289,13 @@ class Stack(nnx.Module):
             keys = jax.random.split(layers_key, (self.repeats, self.unit))
 
         def unit(layers, x, keys):
-            seen = None
+            seen, table = None, context.bias.table
             for i, layer in enumerate(layers):
                 key = None if keys is None else keys[i]
-                x, seen = _rematerialized(layer, context)(by_rows(x), key)
+                # backward, a layer adds its part to the table's gradient before the next one's turn
+                x, table = jax.lax.optimization_barrier((by_rows(x), table))
+                bias = replace(context.bias, table=table)
+                x, seen = _rematerialized(layer, replace(context, bias=bias))(x, key)
             return by_rows(x), seen
 
         x, seen = self.scan(unit, dropout(x, self.rate, first), keys)
@@ -485,15 +487,3 @@ def shift_right(targets: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int
     """What the decoder reads: the previous target, and padding where an example starts."""
     shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, PAD, shifted)
-
-
-def auxiliary_losses(cfg: ModelConfig, stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
-    """The router losses with their coefficients, as the mean over all MoE layers."""
-    if not stats:
-        return {"balance": jnp.zeros(()), "router_z": jnp.zeros(())}
-    balance = jnp.concatenate([each.balance_loss() for each in stats.values()])
-    router_z = jnp.concatenate([each.router_z_loss() for each in stats.values()])
-    return {
-        "balance": cfg.balance_loss * balance.mean(),
-        "router_z": cfg.router_z_loss * router_z.mean(),
-    }

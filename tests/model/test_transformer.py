@@ -9,7 +9,8 @@ from flax import nnx
 import moekit as mk
 from moekit.data.pipeline import pad_pairs
 from moekit.model.attention import relative_bucket
-from moekit.model.transformer import EncoderDecoder, auxiliary_losses, shift_right, with_config
+from moekit.model.transformer import EncoderDecoder, shift_right, with_config
+from moekit.step import auxiliary_losses
 from moekit.train import evaluate_loss, token_losses
 
 FLAVOURS = ("t5", "switch", "gshard", "ec", "st")
