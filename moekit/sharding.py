@@ -182,9 +182,10 @@ def devices_of_rows() -> int:
     return row_shards(_MESH.get())
 
 
-def platform() -> str:
-    """Where the traced code will run: the mesh's kind of device, or the default one."""
-    mesh = _MESH.get()
+def platform(mesh: Mesh | None = None) -> str:
+    """Where traced code will run: the kind of device of a mesh (or of the one that `placed_on` has
+    set), or the default one."""
+    mesh = mesh or _MESH.get()
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 

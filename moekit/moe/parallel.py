@@ -19,7 +19,16 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from moekit.sharding import AXES, BATCH, ROW_AXES, gathered, rows_only, variable_spec
+from moekit.sharding import (
+    AXES,
+    BATCH,
+    ROW_AXES,
+    gathered,
+    platform,
+    rows_only,
+    variable_spec,
+    varying,
+)
 
 
 class Slices(NamedTuple):
@@ -44,9 +53,7 @@ class Place:
 
     @property
     def platform(self) -> str:
-        if self.mesh is None:
-            return jax.default_backend()
-        return self.mesh.devices.flat[0].platform
+        return platform(self.mesh)
 
     def size(self, *axes: str) -> int:
         return 1 if self.mesh is None else jax.lax.axis_size(axes)
@@ -83,9 +90,7 @@ class Place:
             return tree
 
         def cast(x):
-            missing = tuple(
-                axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying
-            )
+            missing = tuple(axis for axis in axes if axis not in varying(x))
             return jax.lax.pcast(x, missing, to="varying") if missing else x
 
         return jax.tree.map(cast, tree)

@@ -27,6 +27,7 @@ from moekit.moe.capacity import Plan, combine, dispatch
 from moekit.moe.dropless import Network, Rows, apply, backward, numbers, order, queue, take
 from moekit.moe.parallel import Place, Slices
 from moekit.moe.routing import Routing
+from moekit.sharding import platform
 
 TILE = (256, 1024, 1024)  # rows, and the other two sides, of the products of a kernel
 # A buffer has room for a balanced load and SPREAD / sqrt(L) of it besides: the more experts a
@@ -36,10 +37,8 @@ SPREAD = 1 / 4
 
 def suits(mesh: Mesh | None) -> bool:
     """Whether the devices have the means; only a TPU gains from it without expert parallelism."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return platform == "tpu" or (
-        platform != "cpu" and mesh is not None and mesh.shape["expert"] > 1
-    )
+    kind = platform(mesh)
+    return kind == "tpu" or (kind != "cpu" and mesh is not None and mesh.shape["expert"] > 1)
 
 
 @dataclass(frozen=True)
