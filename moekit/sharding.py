@@ -143,7 +143,10 @@ def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nn
     specs = [rows_only(variable_spec(p, mesh)) for p in parameters]
 
     def local(x, *values):
-        return function(x, *map(gathered, values, specs))
+        values = [vary_like(gathered(v, spec), x) for v, spec in zip(values, specs, strict=True)]
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x, values = _together((x, values))
+        return function(x, *values)
 
     split = jax.shard_map(
         local,
@@ -153,6 +156,16 @@ def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nn
         axis_names={*ROW_AXES},
     )
     return split(x, *values)
+
+
+@jax.custom_vjp
+def _together(arrays):
+    """The same arrays, whose cotangents are ready together: the gradients of weights would wait for
+    the end of the backward pass otherwise, and keep activations of many layers in memory."""
+    return arrays
+
+
+_together.defvjp(lambda arrays: (arrays, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def rows_only(spec: PartitionSpec, kept: tuple[str, ...] = ROW_AXES) -> PartitionSpec:
@@ -192,6 +205,13 @@ def platform(mesh: Mesh | None = None) -> str:
 def varying(x: Array) -> frozenset[str]:
     """The mesh axes along which an array inside shard_map differs between devices."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_like(x: Array, other: Array) -> Array:
+    """Equal copies of x as the start of different work, where the other array differs: here their
+    cotangents are summed."""
+    missing = tuple(varying(other) - varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:

@@ -20,7 +20,7 @@ from moekit.data.pipeline import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import LayerStats, update_router_bias
 from moekit.optim import make_optimizer, state_specs
-from moekit.sharding import BATCH, variable_spec
+from moekit.sharding import BATCH, platform, variable_spec
 
 
 @jax.custom_vjp
@@ -160,14 +160,14 @@ def _compiled_step(graphdef, params, rest, config: TrainConfig, mesh: Mesh | Non
         jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         for specs in (*_specs((params, rest), mesh), state_specs(opt_state, params, mesh))
     ]
-    # lets other work go on while tokens travel
+    # lets other work go on while tokens travel; large slices of v5e and v6e cannot
     overlap = {"xla_tpu_enable_async_all_to_all": "true"}
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    overlaps = platform(mesh) == "tpu" and "lite" not in mesh.devices.flat[0].device_kind
     update = jax.jit(
         update,
         donate_argnums=(0, 1, 2),
         out_shardings=(*places, NamedSharding(mesh, PartitionSpec())),
-        compiler_options=overlap if on_tpu else None,
+        compiler_options=overlap if overlaps else None,
     )
     start = jax.jit(optimizer.init, out_shardings=places[2])
     return Step(start, update, *map(_placed, (params, rest, opt_state), places))

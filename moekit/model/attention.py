@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moekit.sharding import devices_of_rows, on_rows, param, platform, varying
+from moekit.sharding import devices_of_rows, on_rows, param, platform
 
 MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
 
@@ -123,8 +123,6 @@ def product(x: Float[Array, "*B D"], w: Float[Array, "D F"]) -> Float[Array, "*B
     and up to twice for its gradient as it comes."""
     if platform() != "cpu":
         return x @ w
-    if axes := varying(x) - varying(w):  # the cotangents of equal copies are summed here
-        w = jax.lax.pcast(w, tuple(axes), to="varying")
     return _flat_product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
 
