@@ -17,8 +17,8 @@ from tqdm import tqdm
 from moekit.bench import full_batch, interleaved, ratio
 from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
-from moekit.model.transformer import EncoderDecoder, auxiliary_losses
-from moekit.step import token_losses
+from moekit.model.transformer import EncoderDecoder
+from moekit.step import auxiliary_losses, token_losses
 
 LAYERS, HEAD_DIM = 4, 64  # of each stack; features of a head
 DIRECTIONS = ("forward", "forward + backward")
