@@ -144,8 +144,6 @@ def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nn
 
     def local(x, *values):
         values = [vary_like(gathered(v, spec), x) for v, spec in zip(values, specs, strict=True)]
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            x, values = _together((x, values))
         return function(x, *values)
 
     split = jax.shard_map(
@@ -156,16 +154,6 @@ def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nn
         axis_names={*ROW_AXES},
     )
     return split(x, *values)
-
-
-@jax.custom_vjp
-def _together(arrays):
-    """The same arrays, whose cotangents are ready together: the gradients of weights would wait for
-    the end of the backward pass otherwise, and keep activations of many layers in memory."""
-    return arrays
-
-
-_together.defvjp(lambda arrays: (arrays, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def rows_only(spec: PartitionSpec, kept: tuple[str, ...] = ROW_AXES) -> PartitionSpec:

@@ -230,9 +230,9 @@ def _moe(cfg: ModelConfig, stack_name: str, stack, mesh, rngs) -> MoE:
     )
 
 
-def _rematerialized(layer: Layer, context: Context) -> Callable:
+def _rematerialized(layer: Layer, context: Context, turn: Int[Array, ""]) -> Callable:
     """layer(x, context, key) as a function of x and key whose backward pass finds saved what the
-    context says."""
+    context says; `turn` counts the repeats of a scan."""
     if context.remat == "none":
         return lambda x, key: layer(x, context, key)
     graphdef, state = nnx.split(layer)
@@ -240,6 +240,10 @@ def _rematerialized(layer: Layer, context: Context) -> Callable:
     # what is differentiated must be an argument
     @functools.partial(jax.checkpoint, policy=REMAT[context.remat])
     def run(state, x, shared, key):
+        # times one: XLA would convert all layers' weights to their compute type at once and keep
+        # them, if converting one layer's did not depend on its turn
+        one = 1 + jnp.minimum(turn, 0)
+        state = jax.tree.map(lambda w: w * one.astype(w.dtype), state)
         return nnx.merge(graphdef, state)(x, replace(context, **shared), key)
 
     shared = {"bias": context.bias, "memory": context.memory}
@@ -288,17 +292,19 @@ class Stack(nnx.Module):
         if key is not None:
             keys = jax.random.split(layers_key, (self.repeats, self.unit))
 
-        def unit(layers, x, keys):
+        def unit(layers, x, inputs):
+            keys, turn = inputs
             seen, table = None, context.bias.table
             for i, layer in enumerate(layers):
                 key = None if keys is None else keys[i]
                 # backward, a layer adds its part to the table's gradient before the next one's turn
                 x, table = jax.lax.optimization_barrier((by_rows(x), table))
                 bias = replace(context.bias, table=table)
-                x, seen = _rematerialized(layer, replace(context, bias=bias))(x, key)
+                x, seen = _rematerialized(layer, replace(context, bias=bias), turn)(x, key)
             return by_rows(x), seen
 
-        x, seen = self.scan(unit, dropout(x, self.rate, first), keys)
+        turns = jnp.arange(self.repeats)
+        x, seen = self.scan(unit, dropout(x, self.rate, first), (keys, turns))
         return dropout(self.norm(x), self.rate, last), seen
 
 
