@@ -1,6 +1,6 @@
 """moekit <verb>: every verb is a dataclass whose fields are its flags; each takes --json."""
 
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from moekit.config import StudyConfig, TrainConfig, preset
@@ -93,8 +94,6 @@ class Train:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        import jax
-
         import moekit as mk
         from moekit import hosts
 
@@ -319,10 +318,20 @@ _COMMANDS: dict[str, Callable] = dict(
 )
 
 
+def _leave_libtpu_alone() -> None:
+    """Where the TPU compiler is installed but neither TPU nor GPU is: jax would try it and fill the
+    screen with its complaints."""
+    devices = ("accel*", "vfio/*", "nvidia*", "kfd")
+    if importlib.util.find_spec("libtpu") and not any(any(Path("/dev").glob(d)) for d in devices):
+        # for kernels that start from here, and for this process
+        jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where a check found faults, or 2 with one line for a mistake of the user's
     (MOEKIT_TRACEBACK=1 shows all)."""
     argv = sys.argv[1:] if argv is None else argv
+    _leave_libtpu_alone()
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
             raise unknown("verb", argv[0], VERBS)

@@ -15,6 +15,7 @@ import moekit as mk
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = sorted((ROOT / "moekit").rglob("*.py"))
+CORE = ("config", "sharding", "step", "train", "optim", "checkpoint", "generate", "evaluate")
 
 
 def test_environment_yml_only_names_python_pip_and_this_project():
@@ -37,7 +38,10 @@ def test_extras_and_licence():
 def test_small_enough_to_be_read():
     for path in MODULES:
         assert len(path.read_text().splitlines()) < 500, path
-    assert sum(map(code_lines, MODULES)) < 9700
+    # data sources, suites and the planner are half of it; what one reads to change an idea is not
+    assert sum(map(code_lines, MODULES)) < 9800
+    core = [m for m in MODULES if m.parent.name in ("moe", "model") or m.stem in CORE]
+    assert sum(map(code_lines, core)) < 3100
 
 
 def code_lines(path):
@@ -63,6 +67,8 @@ def test_moe_depends_on_nothing_else_of_the_kit_but_sharding():
 
 @pytest.mark.parametrize("name", mk.__all__)
 def test_every_public_name_exists_and_is_documented(name):
+    if name in ("harness", "MoekitLM"):
+        pytest.importorskip("lm_eval", reason="needs the extra eval")
     value = getattr(mk, name)
     if name not in ("PRESETS",):
         assert value.__doc__
