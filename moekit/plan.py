@@ -436,7 +436,7 @@ def _time_advice(request: Request, cost, split: dict[str, float], waits_for: str
     if waits_for == "links":
         worst = max(cost.collectives.items(), key=lambda kv: kv[1].seconds)[0]
         advice.append(f"a larger batch or another mesh: {worst[0]} over {worst[1]} weighs most")
-    elif request.remat == "full" and request.chip.hbm_gib > 0:
+    elif request.remat == "full":
         advice.append('with memory left, remat "dots" computes less again')
     if waits_for == "memory":
         advice.append("most time goes to reading and writing memory: more tokens a chip help")

@@ -7,7 +7,7 @@ them. Only this module knows both. Mesh axes: data, expert, model.
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -143,7 +143,8 @@ def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nn
     specs = [rows_only(variable_spec(p, mesh)) for p in parameters]
 
     def local(x, *values):
-        values = [vary_like(gathered(v, spec), x) for v, spec in zip(values, specs, strict=True)]
+        axes = varying(x)
+        values = [vary(gathered(v, spec), axes) for v, spec in zip(values, specs, strict=True)]
         return function(x, *values)
 
     split = jax.shard_map(
@@ -195,10 +196,10 @@ def varying(x: Array) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary_like(x: Array, other: Array) -> Array:
-    """Equal copies of x as the start of different work, where the other array differs: here their
-    cotangents are summed."""
-    missing = tuple(varying(other) - varying(x))
+def vary(x: Array, axes: Iterable[str]) -> Array:
+    """Equal copies of x as the start of different work along some mesh axes: here, and nowhere
+    later, their cotangents are summed."""
+    missing = tuple(axis for axis in axes if axis not in varying(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 

@@ -23,9 +23,8 @@ from moekit.data.sources import (
     read_text,
     scan,
 )
+from moekit.data.suites import SETS
 from moekit.data.tasks import Task
-
-CHOICES = ("arc_easy", "arc_challenge", "openbookqa", "boolq", "piqa", "winogrande", "social_i_qa")
 
 
 @dataclass(frozen=True, order=True)
@@ -129,9 +128,7 @@ def _loads(root: Path, tell: Callable) -> Iterator[Callable[[], object]]:
     """Calls that read everything that the kit would, telling of what is wrong."""
     mirror = Mirror(root, tell)
     tasks: list[Task | None] = [*mirror.niv2("train"), *mirror.niv2("test"), *mirror.cot()]
-    tasks += [mirror.choices(name, f"mc/{name}", "") for name in CHOICES]
-    tasks += [mirror.choices("aqua", "aqua", ""), mirror.dolly(), mirror.strategyqa()]
-    tasks += [mirror.arithmetic("gsm8k"), mirror.arithmetic("svamp", held_out=True)]
+    tasks += [mirror.dolly(), *(read(mirror) for read in SETS.values())]
     tasks += mirror.mmlu() if (root / "mmlu").is_dir() else []
     tasks += mirror.bbh() if (root / "bbh").is_dir() else []
     for group, folder in (("t0", "p3"), *((g, g) for g in ("flan2021", "t0", "dialog", "program"))):

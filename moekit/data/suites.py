@@ -71,7 +71,7 @@ def _with_exemplars(task: Task) -> Task:
 
 
 # single data sets of a folder, by name; most are on the hub too
-_SETS: dict[str, Callable[[Mirror], Task | None]] = {
+SETS: dict[str, Callable[[Mirror], Task | None]] = {
     "gsm8k": lambda m: m.arithmetic("gsm8k"),
     "svamp": lambda m: m.arithmetic("svamp", held_out=True),
     "asdiv": lambda m: m.arithmetic("asdiv", held_out=True),
@@ -111,7 +111,7 @@ _ASKED = {
     "bbh": {"shots": 3},
     "mmlu": {"shots": 5, "style": 3},
 } | {name: {"shots": 8, "chain_of_thought": True} for name in ("reasoning", *_GROUPS["reasoning"])}
-SUITES = ("builtin", "builtin-heldin", *_WHOLE, *_GROUPS, *_SETS)
+SUITES = ("builtin", "builtin-heldin", *_WHOLE, *_GROUPS, *SETS)
 
 
 def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
@@ -152,7 +152,7 @@ def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
 def _set(name: str, data_dir: str | Path | None, missing: dict[str, str]) -> Task | None:
     """A data set of the folder, else of the hub; None after a warning if neither has it."""
     root = data_dir or os.environ.get("MOEKIT_DATA")
-    task, there = _SETS[name](Mirror(root)) if root else None, HUB_NAMES.get(name, name)
+    task, there = SETS[name](Mirror(root)) if root else None, HUB_NAMES.get(name, name)
     try:
         if task is None and there not in sources():
             raise FileNotFoundError(f"the data folder has no {name}, nor does the hub")

@@ -27,7 +27,7 @@ from moekit.sharding import (
     platform,
     rows_only,
     variable_spec,
-    varying,
+    vary,
 )
 
 
@@ -88,12 +88,7 @@ class Place:
         later, their cotangents are summed."""
         if self.mesh is None or not self.typed:
             return tree
-
-        def cast(x):
-            missing = tuple(axis for axis in axes if axis not in varying(x))
-            return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-        return jax.tree.map(cast, tree)
+        return jax.tree.map(lambda x: vary(x, axes), tree)
 
     def gather(self, rows: Shaped[Array, "rows *S"]) -> Shaped[Array, "all_rows *S"]:
         """The rows of all devices along the expert axis."""
