@@ -205,21 +205,22 @@ for p in timed.values():
 # ## Launching it
 # A slice of more than one host runs the same command on every host: each process drives its own
 # chips, and XLA makes one program of all. On Cloud TPU VMs `--worker=all` starts them together
-# (on one worker alone it would wait for the others). The slice's type counts cores or chips by
-# generation: v5p-512 is 256 chips.
-#
-#     gcloud compute tpus tpu-vm create pod --zone ZONE --accelerator-type v5p-512 \
-#         --version v2-alpha-tpuv5
-#     gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
-#         git clone https://github.com/moekit/moekit && cd moekit &&
-#         python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
-#
-# The training command follows from the plan (`SHARED` is a folder that every host sees):
+# (on one worker alone it would wait for the others). The slice's type counts cores on v4 and v5p,
+# two to a chip, and chips on v5e and v6e. The commands follow from the first plan (`SHARED` is a
+# folder that every host sees, `RUNTIME` the TPU software version of that generation):
 
 # %%
 axes = ",".join(f"{name}={size}" for name, size in first.mesh.items() if size > 1)
 tokens = first.batch * (first.input_length + first.target_length)
-print(f"""gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
+chip, chips = first.topology.split(":")[0], math.prod(first.mesh.values())
+kind = f"{chip}-{2 * chips}" if chip in ("v4", "v5p") else f"{chip}-{chips}"
+kind = kind.replace("v5e", "v5litepod")
+print(f"""gcloud compute tpus tpu-vm create pod --zone ZONE --accelerator-type {kind} \\
+    --version RUNTIME
+gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
+    git clone https://github.com/moekit/moekit && cd moekit &&
+    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
     cd moekit && .venv/bin/moekit train --preset {first.preset} --mesh {axes} \\
         --tokenizer SHARED/tokenizer.model --corpus builtin --workdir SHARED/runs/32b \\
         --batch-tokens {tokens} --input-length {first.input_length} \\
