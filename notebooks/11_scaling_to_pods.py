@@ -82,8 +82,9 @@ mk.show(base.plot(), "11-base")
 # %% [markdown]
 # ## Reading it
 # - **Memory a chip**: *arguments* are the chip's part of parameters and optimizer state,
-#   *temporaries* activations and gathered weights, *program* the code. Their sum must stay below
-#   the chip's memory (the dashed line), and this is exact.
+#   *temporaries* activations and gathered weights where they peak, *program* the code. Their sum
+#   must stay below the chip's memory (the dashed line). Gaps between buffers, about 2 %, come on
+#   top; a step that is too large with them the compiler refuses.
 # - **Time**: the stack is what the step would take if nothing overlapped; the dotted lines are the
 #   two bounds. *products* are matrix products, *memory* is what is bound by reading and writing,
 #   *links* is what travels between chips.
