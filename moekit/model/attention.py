@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from moekit.sharding import devices_of_rows, on_rows, param, platform
 
 MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
-QUERIES = 512  # longer sequences attend this many positions at a time
 
 
 def relative_bucket(
@@ -143,43 +142,6 @@ def _flat_backward(residuals, g):
 _flat_product.defvjp(lambda x, w: (x @ w, (x, w)), _flat_backward)
 
 
-def mix(
-    q: Float[Array, "B L N H"],
-    keys: Float[Array, "B M N H"],
-    values: Float[Array, "B M N H"],
-    mask: Bool[Array, "#B 1 #L M"],
-    bias: Bias | None,
-) -> Float[Array, "B L N H"]:
-    """Values by attention; softmax in float32, of logits in the compute type (as in T5X)."""
-    logits = jnp.einsum("blnh,bmnh->bnlm", q, keys)
-    if bias is not None:
-        logits = added(logits, bias)
-    masked = jnp.where(mask, logits.astype(jnp.float32), MASKED)
-    weights = jax.nn.softmax(masked).astype(q.dtype)
-    return jnp.einsum("bnlm,bmnh->blnh", weights, values)
-
-
-def mix_in_blocks(q, keys, values, mask, bias):
-    """`mix`, some queries at a time where they are many: the scores of all would be the largest
-    arrays of a step. Backward each block computes its scores again."""
-    blocks, rest = divmod(q.shape[1], QUERIES)
-    if rest or blocks < 2:
-        return mix(q, keys, values, mask, bias)
-
-    def split(x, axis):
-        x = x.reshape(*x.shape[:axis], blocks, QUERIES, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    def block(one):
-        q, mask, of_bias = one
-        here = bias if bias is None else Bias(of_bias[0], bias.table, of_bias[1])
-        return mix(q, keys, values, mask, here)
-
-    of_bias = None if bias is None else (split(bias.values, 1), split(bias.bucket, 0))
-    mixed = jax.lax.map(jax.checkpoint(block), (split(q, 1), split(mask, 2), of_bias))
-    return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
-
-
 class Attention(nnx.Module):
     """Multi-head attention without biases; logits are not scaled (the query init is)."""
 
@@ -216,9 +178,15 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#B 1 #L M"],
         bias: Bias | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attend to projected keys and values."""
+        """Attend to projected keys and values; softmax in float32 (of logits in the compute type,
+        as T5X has them: the largest arrays of a step are these)."""
         q = self._project(x, self.wq_dnh)
-        mixed = mix_in_blocks(q, keys, values, mask, bias)
+        logits = jnp.einsum("blnh,bmnh->bnlm", q, keys)
+        if bias is not None:
+            logits = added(logits, bias)
+        masked = jnp.where(mask, logits.astype(jnp.float32), MASKED)
+        weights = jax.nn.softmax(masked).astype(self.dtype)
+        mixed = jnp.einsum("bnlm,bmnh->blnh", weights, values)
         return self._product("blnh,nhd->bld", mixed, self.wo_nhd)
 
     def __call__(self, x, memory, mask, bias=None) -> Float[Array, "B L D"]:
