@@ -231,6 +231,7 @@ def as_text(p: Plan) -> str:
     axes = ", ".join(f"{n} {s}" for n, s in p.mesh.items())
     total = p.hbm_gib_per_chip["total"]
     parts = ", ".join(f"{k} {v:.2f}" for k, v in p.hbm_gib_per_chip.items() if k != "total")
+    parts = parts or "the compiler stopped"
     lines = [
         f"{p.preset} on {p.topology} ({axes}), batch {p.batch} x ({p.input_length} + "
         f"{p.target_length}), {p.optimizer}, remat {p.remat}",
@@ -315,7 +316,7 @@ def _compile(request: Request) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)G", str(error))
         if not used:
             raise ValueError(f"the TPU compiler refused: {str(error)[:300]}") from None
         return _known(request, float(used[1]), {}) | {
@@ -330,7 +331,7 @@ def _compile(request: Request) -> dict[str, Any]:
     kinds = {
         "arguments": arguments,
         # from the peak, as the compiler's sum of temporaries counts a part of the donated arguments
-        # once more; gaps between buffers (about 2 %) are left out
+        # once more; the peak leaves out gaps between buffers
         "temporaries": memory.peak_memory_in_bytes - arguments - output,
         "output": output,
         "program": memory.generated_code_size_in_bytes,

@@ -146,3 +146,16 @@ def test_a_plan_for_a_slice():
     assert len(plan.plot().axes) == 3
     with pytest.raises(ValueError, match="no slice v5e:3x5"):
         compile_in_child(Request(mk.preset("t5-nano"), "v5e:3x5", {}, 15, 64, 32))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_plan_that_does_not_fit_is_a_plan_too():
+    """A sweep goes on to larger slices from it."""
+    request = Request(mk.preset("st-nano"), "v5e:2x2", {"expert": 4}, 8192, 2048, 128, remat="none")
+    plan = compile_in_child(request)
+    assert not plan.fits and plan.waits_for == "memory"
+    assert set(plan.hbm_gib_per_chip) == {"total"}
+    assert plan.hbm_gib_per_chip["total"] > plan.hbm_limit_gib == 16
+    assert plan.step_seconds is None and "use remat full" in " ".join(plan.advice)
+    assert "does not fit" in str(plan)
+    assert len(plan.plot().axes) == 3

@@ -386,4 +386,5 @@ def _stacked(ax, parts: Mapping[str, float]) -> None:
         )
         bottom += value
     ax.margins(y=0.1)
-    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    if parts:  # of a plan that does not fit no time is known
+        ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
