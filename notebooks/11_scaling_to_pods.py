@@ -83,8 +83,8 @@ mk.show(base.plot(), "11-base")
 # ## Reading it
 # - **Memory a chip**: *arguments* are the chip's part of parameters and optimizer state,
 #   *temporaries* activations and gathered weights where they peak, *program* the code. Their sum
-#   must stay below the chip's memory (the dashed line). Gaps between buffers, about 2 %, come on
-#   top; a step that is too large with them the compiler refuses.
+#   must stay below the chip's memory (the dashed line). Gaps between buffers come on top; a step
+#   that is too large with them the compiler refuses.
 # - **Time**: the stack is what the step would take if nothing overlapped; the dotted lines are the
 #   two bounds. *products* are matrix products, *memory* is what is bound by reading and writing,
 #   *links* is what travels between chips.
@@ -173,8 +173,8 @@ title = "32B: what the time goes to (an estimate)"
 mk.show(mk.plot_bars(split, "seconds a step (estimate)", title), "11-32b-split")
 
 # %%
-first = next(iter(timed.values()))
-mk.show(first.plot(), "11-32b-plan")
+fastest = min(timed.values(), key=lambda p: p.step_seconds[1])
+mk.show(fastest.plot(), "11-32b-plan")
 
 # %% [markdown]
 # Look at what travels: all-gathers and reduce-scatters of *weights* carry by far the most, over the
@@ -207,13 +207,13 @@ for p in timed.values():
 # A slice of more than one host runs the same command on every host: each process drives its own
 # chips, and XLA makes one program of all. On Cloud TPU VMs `--worker=all` starts them together
 # (on one worker alone it would wait for the others). The slice's type counts cores on v4 and v5p,
-# two to a chip, and chips on v5e and v6e. The commands follow from the first plan (`SHARED` is a
+# two to a chip, and chips on v5e and v6e. The commands follow from the fastest plan (`SHARED` is a
 # folder that every host sees, `RUNTIME` the TPU software version of that generation):
 
 # %%
-axes = ",".join(f"{name}={size}" for name, size in first.mesh.items() if size > 1)
-tokens = first.batch * (first.input_length + first.target_length)
-chip, chips = first.topology.split(":")[0], math.prod(first.mesh.values())
+axes = ",".join(f"{name}={size}" for name, size in fastest.mesh.items() if size > 1)
+tokens = fastest.batch * (fastest.input_length + fastest.target_length)
+chip, chips = fastest.topology.split(":")[0], math.prod(fastest.mesh.values())
 kind = f"{chip}-{2 * chips}" if chip in ("v4", "v5p") else f"{chip}-{chips}"
 kind = kind.replace("v5e", "v5litepod")
 print(f"""gcloud compute tpus tpu-vm create pod --zone ZONE --accelerator-type {kind} \\
@@ -222,11 +222,11 @@ gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
     git clone https://github.com/moekit/moekit && cd moekit &&
     python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
-    cd moekit && .venv/bin/moekit train --preset {first.preset} --mesh {axes} \\
+    cd moekit && .venv/bin/moekit train --preset {fastest.preset} --mesh {axes} \\
         --tokenizer SHARED/tokenizer.model --corpus builtin --workdir SHARED/runs/32b \\
-        --batch-tokens {tokens} --input-length {first.input_length} \\
-        --target-length {first.target_length} --optimizer {first.optimizer} \\
-        --remat {first.remat} --steps {TOKENS / tokens:.0f}\"""")
+        --batch-tokens {tokens} --input-length {fastest.input_length} \\
+        --target-length {fastest.target_length} --optimizer {fastest.optimizer} \\
+        --remat {fastest.remat} --steps {TOKENS / tokens:.0f}\"""")
 
 # %% [markdown]
 # ## Exercises
@@ -235,4 +235,5 @@ gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
 # 2. With libtpu: `mk.plan("st-nano", "v5e:2x4", mesh={"expert": 8}, batch=1024)`. How do MFU and
 #    memory change, and what does the step wait for now?
 # 3. `moekit plan st-32b --topology v5p --sweep` looks for the smallest v5p slice that holds the
-#    model. Guess first: 269 B parameters in float32, gradients, and one layer's activations.
+#    model. Could it be smaller than the ones above? Guess first: 269 B parameters in float32,
+#    gradients, and one layer's activations.
