@@ -1,5 +1,6 @@
 """moekit <verb>: every verb is a dataclass whose fields are its flags; each takes --json."""
 
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -97,6 +98,7 @@ class Train:
         import moekit as mk
         from moekit import hosts
 
+        _keep_freed_memory()
         hosts.start(self.coordinator, self.processes, self.process_id)
         sharded = self.mesh or jax.process_count() > 1
         mesh = mk.make_mesh(**_axes(self.mesh)) if sharded else None
@@ -270,6 +272,8 @@ class Bench:
         flags = {k: v for k, v in vars(self).items() if k not in ("what", "json") and v is not None}
         for flag in flags.keys() - inspect.signature(function).parameters.keys():
             raise ValueError(f"bench {self.what} has no --{flag.replace('_', '-')}: leave it out")
+        if self.what in ("step", "peers"):  # as in training
+            _keep_freed_memory()
         if self.mesh:
             flags["mesh"] = make_mesh(**_axes(self.mesh))
         found = function(**flags)
@@ -292,6 +296,7 @@ class Study:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
+        _keep_freed_memory()
         from moekit.recipes import study, summary
 
         results = study(self.study)
@@ -318,13 +323,35 @@ _COMMANDS: dict[str, Callable] = dict(
 )
 
 
+def _accelerated() -> bool:
+    """Whether a TPU or GPU is here, seen before jax has started."""
+    return any(any(Path("/dev").glob(d)) for d in ("accel*", "vfio/*", "nvidia*", "kfd"))
+
+
 def _leave_libtpu_alone() -> None:
     """Where the TPU compiler is installed but neither TPU nor GPU is: jax would try it and fill the
     screen with its complaints."""
-    devices = ("accel*", "vfio/*", "nvidia*", "kfd")
-    if importlib.util.find_spec("libtpu") and not any(any(Path("/dev").glob(d)) for d in devices):
+    if importlib.util.find_spec("libtpu") and not _accelerated():
         # for kernels that start from here, and for this process
         jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+
+
+def _keep_freed_memory() -> None:
+    """Training on a CPU under glibc: what a step frees is kept for the next one, in one heap.
+
+    Given back and asked for again, its pages are filled with zeros every time, a quarter of a small
+    model's step. To be called before jax starts threads, which choose their heaps then.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not _accelerated():
+        # the variables are for processes that start from here, the numbers are those of malloc.h
+        for name, option, value in (
+            ("MALLOC_ARENA_MAX", -8, 1),
+            ("MALLOC_MMAP_MAX_", -4, 0),  # blocks outside of the heap
+            ("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1),
+        ):
+            os.environ.setdefault(name, str(value))
+            mallopt(option, int(os.environ[name]))
 
 
 def main(argv: list[str] | None = None) -> int:

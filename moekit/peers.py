@@ -5,9 +5,13 @@ on the CPU, forward with its loss, and forward + backward. transformers drops wh
 `expert_capacity` of a sequence, which is set to its length, and ours is dropless: neither drops.
 """
 
+import multiprocessing
 import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from moekit.step import auxiliary_losses, token_losses
 
 LAYERS, HEAD_DIM = 4, 64  # of each stack; features of a head
 DIRECTIONS = ("forward", "forward + backward")
+_FUNCTIONS: dict[str, Callable] = {}  # of each direction, in the process that runs them
 
 
 def peers(
@@ -40,20 +45,30 @@ def peers(
     Raises:
       ValueError: torch or transformers is not installed.
     """
-    torch, transformers = _installed()
+    try:
+        peer = f"transformers {version('transformers')}, torch {version('torch')}"
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"bench peers compares with transformers on torch ({error}): "
+            "pip install 'moekit[parity]'"
+        ) from error
     # XLA takes every processor that the process may use
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads)
     shape = {"d_model": d_model, "d_ff": d_ff, "num_heads": max(1, d_model // HEAD_DIM)}
     shape["vocab_size"] = vocab_size
-    data, rows = full_batch(batch, input_length, target_length, vocab_size), []
+    work, rows = (shape, (batch, input_length, target_length), threads), []
     for count in tqdm(experts, desc="bench peers", unit="model"):
-        ours, dropped = _ours(_config(count, shape), data)
-        theirs, peer_dropped = _theirs(torch, transformers, count, shape, data)
-        times = interleaved(
-            {(who, d): f[d] for d in DIRECTIONS for who, f in (("ours", ours), ("peer", theirs))},
-            repeats,
-        )
+        # a process each: their threads and their memory do not get into each other's way
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
+            pools = {"ours": ours, "peer": theirs}
+            dropped = {who: p.submit(_start, who, count, *work) for who, p in pools.items()}
+            dropped = {who: started.result() for who, started in dropped.items()}
+            steps = {
+                (who, d): partial(_wait, pool, d) for d in DIRECTIONS for who, pool in pools.items()
+            }
+            interleaved(steps, 1)  # memory grows to its size
+            times = interleaved(steps, repeats)
         for direction in DIRECTIONS:
             our_ms, peer_ms = times["ours", direction], times["peer", direction]
             rows.append(
@@ -65,29 +80,36 @@ def peers(
                     "peer_ms": round(statistics.median(peer_ms), 3),
                     "ratio": ratio(our_ms, peer_ms),
                     "min_ratio": ratio(our_ms, peer_ms, min),
-                    "dropped_ours": dropped,
-                    "dropped_peer": peer_dropped,
+                    "dropped_ours": dropped["ours"],
+                    "dropped_peer": dropped["peer"],
                     "batch": batch,
                     "input_length": input_length,
                     "target_length": target_length,
                     "vocab_size": vocab_size,
                     "threads": threads,
-                    "peer": f"transformers {transformers.__version__}, torch {torch.__version__}",
+                    "peer": peer,
                 }
             )
     return rows
 
 
-def _installed():
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"bench peers compares with transformers on torch ({error}): "
-            "pip install 'moekit[parity]'"
-        ) from error
-    return torch, transformers
+def _start(who: str, experts: int, shape: dict[str, int], sizes, threads: int) -> int:
+    """Make one of the models in this process; returns how many choices it drops."""
+    data = full_batch(*sizes, shape["vocab_size"])
+    if who == "ours":
+        functions, dropped = _ours(_config(experts, shape), data)
+    else:
+        functions, dropped = _theirs(experts, shape, data, threads)
+    _FUNCTIONS.update(functions)
+    return dropped
+
+
+def _wait(pool: ProcessPoolExecutor, direction: str) -> None:
+    pool.submit(_call, direction).result()
+
+
+def _call(direction: str) -> None:
+    _FUNCTIONS[direction]()
 
 
 def _config(experts: int, shape: dict[str, int]) -> ModelConfig:
@@ -126,8 +148,12 @@ def _ours(cfg: ModelConfig, data: Batch) -> tuple[dict[str, Callable], int]:
     return functions, int(forward(state, data)[1])
 
 
-def _theirs(torch, transformers, experts: int, shape: dict[str, int], data: Batch):
+def _theirs(experts: int, shape: dict[str, int], data: Batch, threads: int):
     """The same of transformers, its dropped choices counted at its routers."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
     options = {
         **shape,
         "d_kv": HEAD_DIM,

@@ -21,7 +21,7 @@ from moekit.config import ModelConfig
 from moekit.data.pipeline import Batch
 from moekit.model.attention import Attention, Bias, RelativeBias, product, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
-from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on
+from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on, platform
 
 # what a backward pass finds saved of each layer ("none": everything)
 REMAT = {
@@ -283,7 +283,9 @@ class Stack(nnx.Module):
             state, inputs = per_unit
             return step(nnx.merge(graphdef, state), x, inputs)
 
-        return jax.lax.scan(body, x, (state, inputs))
+        # a loop on a CPU copies the weights of every turn out of their stack and gradients into it
+        few = platform() == "cpu" and self.repeats <= 4
+        return jax.lax.scan(body, x, (state, inputs), unroll=self.repeats if few else 1)
 
     def __call__(self, x, context: Context, key):
         """Returns states, then statistics and routing [MoE layers, ..] or None."""
