@@ -10,7 +10,6 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -54,18 +53,22 @@ def peers(
         ) from error
     # XLA takes every processor that the process may use
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    sizes = {"batch": batch, "input_length": input_length, "target_length": target_length}
+    setting = sizes | {"vocab_size": vocab_size, "threads": threads, "peer": peer}
     shape = {"d_model": d_model, "d_ff": d_ff, "num_heads": max(1, d_model // HEAD_DIM)}
-    shape["vocab_size"] = vocab_size
-    work, rows = (shape, (batch, input_length, target_length), threads), []
+    work, rows = (shape | {"vocab_size": vocab_size}, sizes, threads), []
     for count in tqdm(experts, desc="bench peers", unit="model"):
         # a process each: their threads and their memory do not get into each other's way
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
             pools = {"ours": ours, "peer": theirs}
-            dropped = {who: p.submit(_start, who, count, *work) for who, p in pools.items()}
-            dropped = {who: started.result() for who, started in dropped.items()}
+            dropped = {
+                who: pool.submit(_start, who, count, *work).result() for who, pool in pools.items()
+            }
             steps = {
-                (who, d): partial(_wait, pool, d) for d in DIRECTIONS for who, pool in pools.items()
+                (who, d): lambda pool=pool, d=d: pool.submit(_call, d).result()
+                for d in DIRECTIONS
+                for who, pool in pools.items()
             }
             interleaved(steps, 1)  # memory grows to its size
             times = interleaved(steps, repeats)
@@ -82,12 +85,7 @@ def peers(
                     "min_ratio": ratio(our_ms, peer_ms, min),
                     "dropped_ours": dropped["ours"],
                     "dropped_peer": dropped["peer"],
-                    "batch": batch,
-                    "input_length": input_length,
-                    "target_length": target_length,
-                    "vocab_size": vocab_size,
-                    "threads": threads,
-                    "peer": peer,
+                    **setting,
                 }
             )
     return rows
@@ -95,17 +93,11 @@ def peers(
 
 def _start(who: str, experts: int, shape: dict[str, int], sizes, threads: int) -> int:
     """Make one of the models in this process; returns how many choices it drops."""
-    data = full_batch(*sizes, shape["vocab_size"])
-    if who == "ours":
-        functions, dropped = _ours(_config(experts, shape), data)
-    else:
-        functions, dropped = _theirs(experts, shape, data, threads)
-    _FUNCTIONS.update(functions)
-    return dropped
-
-
-def _wait(pool: ProcessPoolExecutor, direction: str) -> None:
-    pool.submit(_call, direction).result()
+    data = full_batch(*sizes.values(), shape["vocab_size"])
+    ours = who == "ours"
+    made = _ours(_config(experts, shape), data) if ours else _theirs(experts, shape, data, threads)
+    _FUNCTIONS.update(made[0])
+    return made[1]
 
 
 def _call(direction: str) -> None:

@@ -2,10 +2,15 @@
 
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
 import moekit as mk
+from moekit import cli
 from moekit.cli import main
 
 SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
@@ -15,6 +20,23 @@ def run(capsys, *argv):
     code = main([str(a) for a in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_for_training_on_a_cpu_alone(monkeypatch):
+    names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "_accelerated", lambda: True)
+    cli._keep_freed_memory()
+    assert not set(names) & set(os.environ)
+    monkeypatch.setattr(cli, "_accelerated", lambda: False)
+    cli._keep_freed_memory()
+    # a process that starts from here maps no block of its own: freed, it would be given back
+    code = "import ctypes; c = ctypes.CDLL(None); c.malloc(1 << 27); c.malloc_stats()"
+    report = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert re.search(r"max mmap regions = +0$", report, re.M) and set(names) <= set(os.environ)
 
 
 def test_train_eval_and_resume(tmp_path, capsys):

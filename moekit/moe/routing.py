@@ -138,8 +138,25 @@ def assign(
     return Routing(expert_index, weight, slot, assignment, probs, capacity, choices)
 
 
+class _KChoices:
+    """What routers with k choices a token share; `k` and `priority` are their fields."""
+
+    def __post_init__(self):
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"{type(self).__name__}.k is {self.k!r}: choose 1 or more experts")
+        _check_priority(self)
+
+    @property
+    def num_choices(self) -> int:
+        return self.k
+
+    @property
+    def causal(self) -> bool:
+        return self.priority == "token" or (self.priority == "choice" and self.k == 1)
+
+
 @dataclass(frozen=True)
-class TopK:
+class TopK(_KChoices):
     """Every token takes its k most probable experts (Shazeer 2017; ST-MoE, Zoph 2022, for k = 2).
 
     `normalise` divides the weights by their sum (Mesh-TensorFlow, GShard); False keeps the raw
@@ -150,17 +167,6 @@ class TopK:
     normalise: bool = False
     priority: str = "token"
     balanced_by_bias: ClassVar[bool] = False
-
-    def __post_init__(self):
-        _check_k(self)
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
-
-    @property
-    def causal(self) -> bool:
-        return self.priority == "token" or (self.priority == "choice" and self.k == 1)
 
     def __call__(self, logits, mask, *, capacity, limit=None, **_) -> Routing:
         probs = jax.nn.softmax(logits.astype(jnp.float32))
@@ -251,7 +257,7 @@ class ExpertChoice:
 
 
 @dataclass(frozen=True)
-class LossFree:
+class LossFree(_KChoices):
     """Top-k of probability + bias, weighted by probability alone (Wang 2024, DeepSeek-V3).
 
     The layer keeps the bias and the training step moves it by `rate * sign(mean load - load)`.
@@ -261,17 +267,6 @@ class LossFree:
     rate: float = 1e-3
     priority: str = "token"
     balanced_by_bias: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_k(self)
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
-
-    @property
-    def causal(self) -> bool:
-        return self.priority == "token" or (self.priority == "choice" and self.k == 1)
 
     def __call__(self, logits, mask, *, capacity, limit=None, bias=None, **_) -> Routing:
         probs = jax.nn.softmax(logits.astype(jnp.float32))
@@ -322,12 +317,6 @@ def _fixed(index, logits, mask, capacity, limit) -> Routing:
 def _check_priority(router) -> None:
     if router.priority not in PRIORITIES:
         raise unknown("priority", router.priority, PRIORITIES)
-
-
-def _check_k(router) -> None:
-    if not isinstance(router.k, int) or router.k < 1:
-        raise ValueError(f"{type(router).__name__}.k is {router.k!r}: choose 1 or more experts")
-    _check_priority(router)
 
 
 ROUTERS = {

@@ -8,6 +8,7 @@ from flax import nnx
 
 import moekit as mk
 from moekit.data.pipeline import pad_pairs
+from moekit.model import transformer
 from moekit.model.attention import relative_bucket
 from moekit.model.transformer import EncoderDecoder, shift_right, with_config
 from moekit.step import auxiliary_losses
@@ -150,6 +151,29 @@ def test_every_router_and_expert_learns(flavour):
         moe = grads[stack]["blocks"][len(grads[stack]["blocks"]) - 1]["moe"]
         for leaf in jax.tree.leaves(moe):
             assert np.isfinite(leaf).all() and float(jnp.abs(leaf).max()) > 0
+
+
+def test_a_loop_over_layers_equals_the_same_layers_in_a_row(monkeypatch):
+    depth = {"encoder_layers": 4, "decoder_layers": 4}
+    depth |= {"encoder_moe_layers": 2, "decoder_moe_layers": 2}
+    model, batch = mk.EncoderDecoder(small("st", **depth), seed=8), padded(pairs())
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        out = nnx.merge(graphdef, params, rest)(batch, key=jax.random.key(0))
+        return token_losses(out.logits, batch.targets, batch.loss_weights)["objective"]
+
+    def program():
+        step = jax.jit(jax.value_and_grad(lambda params: loss(params)))
+        return step(params), step.lower(params).as_text().count("stablehlo.while")
+
+    (row, row_grads), fewer = program()
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    (loop, loop_grads), loops = program()
+    assert loops > fewer
+    np.testing.assert_allclose(row, loop, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (row_grads, loop_grads)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-6)
 
 
 def test_dropout_needs_a_key_and_depends_on_it():
