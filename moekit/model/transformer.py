@@ -275,7 +275,7 @@ class Stack(nnx.Module):
         self.norm = RMSNorm(cfg.d_model, rngs=rngs)
         self.rate = cfg.dropout
 
-    def scan(self, step: Callable, x, inputs: Any):
+    def scan(self, step: Callable, x, inputs: Any, remat: str = "none"):
         """Run step(layers of a unit, x, inputs of a unit) -> (x, outputs) over the repeats."""
         graphdef, state = nnx.split(self.blocks)
 
@@ -283,9 +283,10 @@ class Stack(nnx.Module):
             state, inputs = per_unit
             return step(nnx.merge(graphdef, state), x, inputs)
 
-        # a loop on a CPU copies the weights of every turn out of their stack and gradients into it
-        few = platform() == "cpu" and self.repeats <= 4
-        return jax.lax.scan(body, x, (state, inputs), unroll=self.repeats if few else 1)
+        # a loop on a CPU copies the weights of every turn out of their stack and gradients into it,
+        # but only in a loop does what is computed again wait for its turn
+        row = platform() == "cpu" and self.repeats <= 4 and remat == "none"
+        return jax.lax.scan(body, x, (state, inputs), unroll=self.repeats if row else 1)
 
     def __call__(self, x, context: Context, key):
         """Returns states, then statistics and routing [MoE layers, ..] or None."""
@@ -306,7 +307,7 @@ class Stack(nnx.Module):
             return by_rows(x), seen
 
         turns = jnp.arange(self.repeats)
-        x, seen = self.scan(unit, dropout(x, self.rate, first), (keys, turns))
+        x, seen = self.scan(unit, dropout(x, self.rate, first), (keys, turns), context.remat)
         return dropout(self.norm(x), self.rate, last), seen
 
 

@@ -176,6 +176,22 @@ def test_a_loop_over_layers_equals_the_same_layers_in_a_row(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-6)
 
 
+def test_what_is_computed_again_takes_the_memory_of_one_unit():
+    cfg = small("t5", encoder_layers=4, decoder_layers=4)
+    model, batch = mk.EncoderDecoder(cfg), padded(pairs(32), 256, 128)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def temporaries(remat):
+        def loss(params):
+            logits = nnx.merge(graphdef, params, rest)(batch, remat=remat).logits
+            return token_losses(logits, batch.targets, batch.loss_weights)["objective"]
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < temporaries("none") / 2
+
+
 def test_dropout_needs_a_key_and_depends_on_it():
     model, batch = mk.EncoderDecoder(small("st", dropout=0.3), seed=6), padded(pairs())
     quiet = model(batch).logits
