@@ -339,8 +339,8 @@ def _leave_libtpu_alone() -> None:
 def _keep_freed_memory() -> None:
     """Training on a CPU under glibc: what a step frees is kept for the next one, in one heap.
 
-    Given back and asked for again, its pages are filled with zeros every time, a quarter of a small
-    model's step. To be called before jax starts threads, which choose their heaps then.
+    Given back and asked for again, its pages are filled with zeros every time, up to a quarter of a
+    step. To be called before jax starts threads, which choose their heaps then.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not _accelerated():

@@ -1,5 +1,7 @@
 """Our encoder-decoder beside that of transformers: the same work, threads and drops, in one run.
 
+Each has a process of its own and both take their turns; `moekit bench` lets both keep freed memory.
+
 T5 v1.0 (ReLU, tied and scaled logits) of 4 + 4 layers, every second one sparse for Switch; float32
 on the CPU, forward with its loss, and forward + backward. transformers drops what exceeds
 `expert_capacity` of a sequence, which is set to its length, and ours is dropless: neither drops.
