@@ -296,9 +296,9 @@ class Study:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        _keep_freed_memory()
         from moekit.recipes import study, summary
 
+        _keep_freed_memory()
         results = study(self.study)
         return {"path": results["path"], "figures": results["figures"]}, summary(results)
 
@@ -339,8 +339,8 @@ def _leave_libtpu_alone() -> None:
 def _keep_freed_memory() -> None:
     """Training on a CPU under glibc: what a step frees is kept for the next one, in one heap.
 
-    Given back and asked for again, its pages are filled with zeros every time, up to a quarter of a
-    step. To be called before jax starts threads, which choose their heaps then.
+    Given back and asked for again, its pages would be filled with zeros in every step. To be called
+    before jax starts threads, which choose their heaps then.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not _accelerated():

@@ -12,7 +12,6 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +46,16 @@ def peers(
       ValueError: torch or transformers is not installed.
     """
     try:
-        peer = f"transformers {version('transformers')}, torch {version('torch')}"
-    except PackageNotFoundError as error:
+        import torch
+        import transformers
+    except ImportError as error:
         raise ValueError(
             f"bench peers compares with transformers on torch ({error}): "
             "pip install 'moekit[parity]'"
         ) from error
     # XLA takes every processor that the process may use
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    peer = f"transformers {transformers.__version__}, torch {torch.__version__}"
     sizes = {"batch": batch, "input_length": input_length, "target_length": target_length}
     setting = sizes | {"vocab_size": vocab_size, "threads": threads, "peer": peer}
     shape = {"d_model": d_model, "d_ff": d_ff, "num_heads": max(1, d_model // HEAD_DIM)}
@@ -64,9 +65,7 @@ def peers(
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
             pools = {"ours": ours, "peer": theirs}
-            dropped = {
-                who: pool.submit(_start, who, count, *work).result() for who, pool in pools.items()
-            }
+            dropped = {w: p.submit(_start, w, count, *work).result() for w, p in pools.items()}
             steps = {
                 (who, d): lambda pool=pool, d=d: pool.submit(_call, d).result()
                 for d in DIRECTIONS
