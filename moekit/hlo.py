@@ -167,6 +167,10 @@ def trip_count(op: Op, computation: Computation, computations: dict[str, Computa
     return int(limit.arguments) if constant and limit.arguments.isdigit() else 1
 
 
+def _channel(op: Op) -> str | None:
+    return (found := re.search(r"channel_id=\d+", op.attributes)) and found[0]
+
+
 def _members(attributes: str, devices: int) -> np.ndarray:
     """The first group of devices that take part in a collective."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
@@ -237,6 +241,12 @@ class Walker:
         self.computations, self.entry = parse(text)
         self.mesh, self.chip, self.link_seconds = mesh, chip, link_seconds
         self.cost = Cost()
+        # a collective beside products stands in each of their fusions, too: its start counts
+        self.starts = defaultdict(set)
+        for name, ops in self.computations.items():
+            if any("AsyncCollectiveStart" in op.attributes for op in ops.values()):
+                for channel in filter(None, map(_channel, ops.values())):
+                    self.starts[channel].add(name)
 
     def run(self) -> Cost:
         self.walk(self.entry, 1)
@@ -298,7 +308,7 @@ class Walker:
                 flops += product_flops(op, self.computations[name])
                 ragged |= '"is_ragged_dot":true' in op.attributes
             base = op.code.removesuffix("-start")
-            if base in COLLECTIVES:
+            if base in COLLECTIVES and name in self.starts.get(_channel(op), {name}):
                 self.collective(op, base, self.computations[name], times)
             if inner := op.called():
                 more, also = self._inside(inner, times)
