@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,6 @@ import tyro
 from moekit.config import StudyConfig, TrainConfig, preset
 from moekit.data_verbs import DATA_VERBS, Data
 from moekit.errors import unknown
-
-VERBS = ("doctor", "tour", "train", "eval", "plan", "data", "bench", "study", "figures")
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Doctor:
 
         if self.presets:
             rows = doctor.presets()
-            return rows, doctor.presets_as_text(rows)
+            return rows, _columns(rows)
         found = doctor.report()
         return found, doctor.as_text(found)
 
@@ -198,11 +195,10 @@ class Eval:
             found, text = self._harness()
         else:
             asked = mk.suites(self.suite)
-            model, results = mk.load(self.checkpoint), []
+            model = mk.load(self.checkpoint)
             kind = {"shots": self.shots, "limit": self.limit, "seed": self.seed}
             kind |= {"chain_of_thought": self.chain_of_thought, "options": self.options}
-            for suite in asked:
-                results.append(mk.evaluate(model, suite, **kind))
+            results = [mk.evaluate(model, suite, **kind) for suite in asked]
             found = mk.report(results)
             tables = [scores.table() for scores in results]
             text = "\n\n".join([*tables, str(mk.normalised_average(results))])
@@ -281,8 +277,9 @@ class Bench:
 
 
 def _columns(rows: list[dict]) -> str:
-    """Rows of equal keys as a table."""
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    """Rows of equal keys as a table, numbers to four digits."""
+    text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
+    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(lines)
@@ -318,9 +315,10 @@ class Figures:
         return paths, "\n".join(paths)
 
 
-_COMMANDS: dict[str, Callable] = dict(
-    zip(VERBS, (Doctor, Tour, Train, Eval, Plan, Data, Bench, Study, Figures), strict=True)
-)
+VERBS = {
+    verb.__name__.lower(): verb
+    for verb in (Doctor, Tour, Train, Eval, Plan, Data, Bench, Study, Figures)
+}
 
 
 def _accelerated() -> bool:
@@ -364,9 +362,8 @@ def main(argv: list[str] | None = None) -> int:
             raise unknown("verb", argv[0], VERBS)
         if argv[:1] == ["data"] and argv[1:] and argv[1] not in (*DATA_VERBS, "-h", "--help"):
             raise unknown("verb of data", argv[1], DATA_VERBS)
-        command = tyro.extras.subcommand_cli_from_dict(
-            _COMMANDS, args=argv, prog="moekit", description=__doc__
-        )
+        options = {"args": argv, "prog": "moekit", "description": __doc__}
+        command = tyro.extras.subcommand_cli_from_dict(VERBS, **options)
         found, text, *code = command.run()
         if found is not None:
             print(json.dumps(found, default=str) if command.json else text)

@@ -91,19 +91,3 @@ def presets() -> list[dict]:
             }
         )
     return rows
-
-
-def presets_as_text(rows: list[dict]) -> str:
-    """The table of presets, aligned."""
-    lines = [
-        f"{'preset':14} {'experts':>7} {'total B':>10} {'active B':>9} "
-        f"{'GFLOPs/enc token':>17} {'GFLOPs/dec token':>17}"
-    ]
-    for row in rows:
-        total, active = row["total_billions"], row["active_billions"]
-        digits = 1 if total >= 100 else 2 if total >= 1 else 4
-        lines.append(
-            f"{row['preset']:14} {row['experts']:7} {total:10.{digits}f} {active:9.4f} "
-            f"{row['encoder_gflops_per_token']:17.4g} {row['decoder_gflops_per_token']:17.4g}"
-        )
-    return "\n".join(lines)

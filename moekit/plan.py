@@ -27,6 +27,9 @@ from moekit.errors import unknown
 from moekit.flops import step_flops
 
 GIB = 2**30
+# the search for the tiles of a product ends where 97 % of the peak is expected: a quarter less to
+# compile, and steps that read up to 2 % longer than those of a full search
+SEARCH = {"xla_jf_convolution_performance_target": "0.97"}
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,7 @@ def _compile(request: Request) -> dict[str, Any]:
     seconds = lambda: round(time.perf_counter() - start, 1)  # noqa: E731
     host = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # noqa: E731
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=SEARCH)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)G", str(error))
         if not used:
@@ -438,6 +441,9 @@ def _time_advice(request: Request, cost, split: dict[str, float], waits_for: str
             "buffers, twice the bytes of the all-gathers they stand for: other mesh sizes may "
             "split weights into whole tiles"
         )
+    together = math.gcd(request.cfg.num_experts, request.chips)
+    if request.axes["expert"] == 1 < together and request.cfg.num_experts:
+        advice.append(f"mesh expert={together}: now every chip gathers the weights of all experts")
     if waits_for == "links":
         worst = max(cost.collectives.items(), key=lambda kv: kv[1].seconds)[0]
         advice.append(f"a larger batch or another mesh: {worst[0]} over {worst[1]} weighs most")

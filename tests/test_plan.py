@@ -13,7 +13,7 @@ import moekit as mk
 from moekit import hlo
 from moekit.chips import CHIPS
 from moekit.flops import step_flops
-from moekit.plan import Request, compile_in_child
+from moekit.plan import Request, _time_advice, compile_in_child
 from moekit.step import abstract_batch, compiled_step
 from moekit.sweep import ranking, sweep
 
@@ -95,6 +95,28 @@ def test_loops_count_as_often_as_they_run():
     assert cost.flops == 5 * 2 * 8 * 16 * 16
 
 
+def test_a_gather_beside_products_counts_once_each_time_it_starts():
+    """The TPU compiler writes it into its start, into products and into its end."""
+    fusions = {
+        "start": ', custom_call_target="AsyncCollectiveStart"',
+        "product": "",
+        "end": ', custom_call_target="AsyncCollectiveDone"',
+    }
+    gather = "all-gather(%p), channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}"
+    text = "".join(
+        f"%{name} (p: f32[2]) -> f32[8] {{\n  %p = f32[2]{{0}} parameter(0)\n"
+        f"  %g = f32[8]{{0}} {gather}\n  ROOT %r = f32[8]{{0}} custom-call(%g){target}\n}}\n\n"
+        for name, target in fusions.items()
+    )
+    text += "ENTRY %main (x: f32[2]) -> f32[8] {\n  %x = f32[2]{0} parameter(0)\n"
+    for i, name in enumerate(("start", "product", "product", "end", "start", "end")):
+        text += f"  %f{i} = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%{name}\n"
+    mesh = mk.make_mesh(data=1, expert=4, model=2)
+    cost = hlo.Walker(text + "}\n", mesh, CHIPS["v5e"], lambda *_: 1.0).run()
+    (traffic,) = cost.collectives.values()
+    assert (traffic.count, traffic.nbytes) == (2, 2 * 32 * 3 / 4)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -125,6 +147,16 @@ def test_a_recorded_plan_loads_and_belongs_to_its_preset(path):
     assert plan.parameters == mk.preset(plan.preset).num_parameters().total
     assert plan.fits == (plan.hbm_gib_per_chip["total"] <= plan.hbm_limit_gib)
     assert plan.topology in str(plan)
+
+
+@pytest.mark.parametrize(
+    "name, mesh, advised",
+    [("switch-base", {}, True), ("switch-base", {"expert": 8}, False), ("t5-base", {}, False)],
+)
+def test_experts_belong_on_an_axis_of_their_own(name, mesh, advised):
+    request = Request(mk.preset(name), "v5e:2x4", mesh)
+    advice = _time_advice(request, hlo.Cost(), {}, "products")
+    assert ("mesh expert=8: now every chip gathers" in " ".join(advice)) == advised
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
