@@ -139,7 +139,11 @@ class Gate(nnx.Module):
         self.bias_e = RouterBias(bias, rate=router.rate, axes=(*axes, None)) if balanced else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        return jnp.dot(x.astype(jnp.float32), self.w_de[...], precision=jax.lax.Precision.HIGHEST)
+        exact = jax.lax.Precision.HIGHEST
+        # a TPU makes three passes of each float32; bfloat16 is exact in one. Backward this rounds
+        # the cotangents of logits to bfloat16, as all others are
+        of_x = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else exact
+        return jnp.dot(x.astype(jnp.float32), self.w_de[...], precision=(of_x, exact))
 
 
 @jax.custom_vjp

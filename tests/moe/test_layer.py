@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
-from moekit.moe.layer import MoE, RouterBias, update_router_bias
+from moekit.moe.layer import Gate, MoE, RouterBias, update_router_bias
 from moekit.moe.routing import ExpertChoice, GShard, Hash, LossFree, Random, Switch, TopK
 
 D, F, E = 8, 16, 4
@@ -137,6 +137,19 @@ def test_statistics_are_sums_over_groups():
     halves = [whole(x.reshape(2, 15, D)[i : i + 1], jnp.ones((1, 15), bool))[1] for i in range(2)]
     summed = jax.tree.map(jnp.add, *halves)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), total, summed)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_router_logits_are_products_in_float32(dtype):
+    """Also on a TPU, which takes float32 for bfloat16 where nothing else is asked for."""
+    gate = Gate(256, 8, TopK(k=2), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 256)).astype(dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(gate.w_de[...], np.float64)
+    np.testing.assert_allclose(gate(x), exact, atol=1e-6)
+    (dot,) = (e for e in jax.make_jaxpr(gate)(x).eqns if e.primitive.name == "dot_general")
+    of_x, of_w = dot.params["precision"]
+    assert of_w == jax.lax.Precision.HIGHEST
+    assert of_x == of_w or dtype == jnp.bfloat16  # which is exact as it is
 
 
 def test_balance_loss_is_k_at_balance_and_experts_at_collapse():
