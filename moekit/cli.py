@@ -49,6 +49,7 @@ class Tour:
     def run(self) -> tuple[object, str]:
         from moekit.tour import tour
 
+        _keep_freed_memory()  # kernels inherit it
         rows = tour(self.out, in_place=self.in_place, only=self.only)
         total = sum(row["seconds"] for row in rows)
         text = (
