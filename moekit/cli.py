@@ -30,7 +30,8 @@ class Doctor:
 
         if self.presets:
             rows = doctor.presets()
-            return rows, _columns(rows)
+            digits = lambda v: f"{v:.4g}" if isinstance(v, float) else v  # noqa: E731
+            return rows, _columns([{k: digits(v) for k, v in row.items()} for row in rows])
         found = doctor.report()
         return found, doctor.as_text(found)
 
@@ -278,9 +279,8 @@ class Bench:
 
 
 def _columns(rows: list[dict]) -> str:
-    """Rows of equal keys as a table, numbers to four digits."""
-    text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    """Rows of equal keys as a table."""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(lines)
@@ -316,10 +316,8 @@ class Figures:
         return paths, "\n".join(paths)
 
 
-VERBS = {
-    verb.__name__.lower(): verb
-    for verb in (Doctor, Tour, Train, Eval, Plan, Data, Bench, Study, Figures)
-}
+_CLASSES = (Doctor, Tour, Train, Eval, Plan, Data, Bench, Study, Figures)
+VERBS = {verb.__name__.lower(): verb for verb in _CLASSES}
 
 
 def _accelerated() -> bool:
@@ -363,8 +361,9 @@ def main(argv: list[str] | None = None) -> int:
             raise unknown("verb", argv[0], VERBS)
         if argv[:1] == ["data"] and argv[1:] and argv[1] not in (*DATA_VERBS, "-h", "--help"):
             raise unknown("verb of data", argv[1], DATA_VERBS)
-        options = {"args": argv, "prog": "moekit", "description": __doc__}
-        command = tyro.extras.subcommand_cli_from_dict(VERBS, **options)
+        command = tyro.extras.subcommand_cli_from_dict(
+            VERBS, args=argv, prog="moekit", description=__doc__
+        )
         found, text, *code = command.run()
         if found is not None:
             print(json.dumps(found, default=str) if command.json else text)

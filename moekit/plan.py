@@ -182,6 +182,11 @@ def plan(
     )
 
 
+def most_expert_parallel(cfg: ModelConfig, chips: int) -> int:
+    """The largest expert axis that divides both experts and chips; 1 for a dense model."""
+    return math.gcd(cfg.num_experts, chips) if cfg.num_experts else 1
+
+
 def compile_in_child(request: Request) -> Plan:
     """One request in a fresh process: the TPU compiler and its memory go with it."""
     values = asdict(request) | {"cfg": request.cfg.to_dict()}
@@ -441,8 +446,8 @@ def _time_advice(request: Request, cost, split: dict[str, float], waits_for: str
             "buffers, twice the bytes of the all-gathers they stand for: other mesh sizes may "
             "split weights into whole tiles"
         )
-    together = math.gcd(request.cfg.num_experts, request.chips)
-    if request.axes["expert"] == 1 < together and request.cfg.num_experts:
+    together = most_expert_parallel(request.cfg, request.chips)
+    if request.axes["expert"] == 1 < together:
         advice.append(f"mesh expert={together}: now every chip gathers the weights of all experts")
     if waits_for == "links":
         worst = max(cost.collectives.items(), key=lambda kv: kv[1].seconds)[0]

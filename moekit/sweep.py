@@ -10,7 +10,7 @@ from tqdm import tqdm
 from moekit.chips import CHIPS
 from moekit.config import ModelConfig
 from moekit.errors import unknown
-from moekit.plan import GIB, Plan, Request, compile_in_child
+from moekit.plan import GIB, Plan, Request, compile_in_child, most_expert_parallel
 
 
 def sweep(cfg: ModelConfig, topology: str, *options) -> list[Plan]:
@@ -44,7 +44,7 @@ def sweep(cfg: ModelConfig, topology: str, *options) -> list[Plan]:
 def _meshes(request: Request) -> Iterator[Request]:
     """Meshes that divide everything, with the most expert parallelism first."""
     cfg, chips = request.cfg, request.chips
-    common = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
+    common = most_expert_parallel(cfg, chips)
     experts = [n for n in range(common, 0, -1) if common % n == 0][:2]
     sizes = cfg.split_by_model().values()
     models = [m for m in (1, 2, 4) if all(size % m == 0 for size in sizes)]
@@ -61,8 +61,8 @@ def _slices(cfg: ModelConfig, name: str, *options) -> Iterator[Request]:
     for shape in CHIPS[name].slices:
         chips = math.prod(map(int, shape.split("x")))
         if chips * CHIPS[name].hbm_gib > needed and options[0] % chips == 0:
-            expert = math.gcd(chips, cfg.num_experts) if cfg.num_experts else 1
-            yield Request(cfg, f"{name}:{shape}", {"expert": expert}, *options)
+            together = most_expert_parallel(cfg, chips)
+            yield Request(cfg, f"{name}:{shape}", {"expert": together}, *options)
 
 
 def ranking(plans: list[Plan]) -> str:
