@@ -27,9 +27,13 @@ from moekit.errors import unknown
 from moekit.flops import step_flops
 
 GIB = 2**30
-# the search for the tiles of a product ends where 97 % of the peak is expected: a quarter less to
-# compile, and steps that read up to 2 % longer than those of a full search
-SEARCH = {"xla_jf_convolution_performance_target": "0.97"}
+# a third less to compile: the search for the tiles of a product ends where 97 % of the peak is
+# expected (steps read up to 2 % longer), and other fusions, which are read by their bytes, are
+# given no search
+SEARCH = {
+    "xla_jf_convolution_performance_target": "0.97",
+    "xla_jf_fusion_max_instruction_count_for_window_config": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -380,6 +384,7 @@ def _memory_advice(request: Request) -> list[str]:
 def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     """Times, FLOPs and collectives of a compiled step."""
     from moekit.hlo import Walker
+    from moekit.sharding import row_shards
 
     try:
         text = compiled.as_text()
@@ -395,16 +400,10 @@ def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     low, high = max(compute, cost.link_seconds), compute + cost.link_seconds
     encoder, decoder = request.cfg.flops_per_token()
     tokens = encoder * request.input_length + decoder * request.target_length
+    rows = (request.batch, request.input_length, request.target_length)
     flops = {
         "model": 3 * request.batch * tokens,
-        "analytic": step_flops(
-            request.cfg,
-            request.batch,
-            request.input_length,
-            request.target_length,
-            remat=request.remat,
-            shards=request.axes["data"] * request.axes["expert"],
-        ),
+        "analytic": step_flops(request.cfg, *rows, remat=request.remat, shards=row_shards(mesh)),
         "compiled": cost.flops * mesh.size,
     }
     ideal = flops["model"] / mesh.size / chip.flops
