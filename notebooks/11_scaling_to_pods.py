@@ -26,6 +26,7 @@ if importlib.util.find_spec("moekit") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
+import json
 import math
 from pathlib import Path
 
@@ -147,10 +148,7 @@ if FULL and LIVE:
 print(ranking(recorded))
 
 # %%
-big = {
-    f"{p.topology}\nexpert {p.mesh['expert']}, model {p.mesh['model']}\nremat {p.remat}": p
-    for p in recorded
-}
+big = {f"{p.topology}\nexpert {p.mesh['expert']}\nremat {p.remat}": p for p in recorded}
 memory = {
     "needed": {n: p.hbm_gib_per_chip["total"] for n, p in big.items()},
     "the chip has": {n: p.hbm_limit_gib for n, p in big.items()},
@@ -183,6 +181,31 @@ mk.show(fastest.plot(), "11-32b-plan")
 # needs care.
 
 # %% [markdown]
+# ## Which mesh, and what to compute again
+# All meshes and remat policies that divide the step on one of these slices, ranked; also recorded:
+# `moekit plan st-32b --topology v5p:4x8x8 --batch 256 --input-length 2048 --target-length 512
+# --sweep --json`.
+
+# %%
+swept = json.loads((PLANS / "sweeps/st-32b-v5p-4x8x8.json").read_text())
+swept = [mk.Plan(**values) for values in swept]
+print(ranking(swept))
+
+# %%
+names = [f"{p.mesh['expert']} x {p.mesh['model']}\n{p.remat}" for p in swept]
+times = {
+    b: {n: p.step_seconds[i] for n, p in zip(names, swept, strict=True)} for b, i in bounds.items()
+}
+title = "32B on v5p:4x8x8: step time by expert x model axis and remat (an estimate)"
+mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-sweep")
+
+# %% [markdown]
+# Keeping what the large products made (remat `dots`) is the first thing to buy with memory that is
+# left over. A model axis buys nothing here: the weights that it spares each chip from gathering are
+# paid for with activations, which travel in every layer, and what fits without it runs fastest
+# without it.
+
+# %% [markdown]
 # ## What a step costs
 # Chips times seconds. Set the tokens of a run; positions count, padding included. Chip-hours are
 # estimates between the two bounds of the step. No price stands here: put in what you pay.
@@ -196,7 +219,8 @@ for p in timed.values():
     steps = TOKENS / (p.batch * (p.input_length + p.target_length))
     hours = [steps * s / 3600 for s in p.step_seconds]
     spent = [chips * s for s in p.step_seconds]
-    print(f"{p.topology}: {chips} chips, {spent[0]:.0f} to {spent[1]:.0f} chip-seconds a step")
+    print(f"{p.topology}, remat {p.remat}: {chips} chips")
+    print(f"  {spent[0]:.0f} to {spent[1]:.0f} chip-seconds a step (estimate)")
     print(f"  {steps:,.0f} steps take {hours[0]:,.0f} to {hours[1]:,.0f} hours (estimate)")
     print(f"  {chips * hours[0]:,.0f} to {chips * hours[1]:,.0f} chip-hours (estimate)")
     if PRICE is not None:

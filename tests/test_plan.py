@@ -15,7 +15,7 @@ from moekit.chips import CHIPS
 from moekit.flops import step_flops
 from moekit.plan import Request, _time_advice, compile_in_child
 from moekit.step import abstract_batch, compiled_step
-from moekit.sweep import ranking, sweep
+from moekit.sweep import _meshes, ranking, sweep
 
 RECORDED = Path(__file__).parent.parent / "assets/plans"
 LENGTHS = {"batch": 8, "input_length": 128, "target_length": 64}
@@ -147,6 +147,20 @@ def test_a_recorded_plan_loads_and_belongs_to_its_preset(path):
     assert plan.parameters == mk.preset(plan.preset).num_parameters().total
     assert plan.fits == (plan.hbm_gib_per_chip["total"] <= plan.hbm_limit_gib)
     assert plan.topology in str(plan)
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("sweeps/*.json")), ids=lambda p: p.stem)
+def test_a_recorded_sweep_ranks_what_a_sweep_tries(path):
+    plans = [mk.Plan(**values) for values in json.loads(path.read_text())]
+    first = plans[0]
+    fields = ("batch", "input_length", "target_length", "optimizer", "remat")
+    rest = {name: getattr(first, name) for name in fields}
+    tried = _meshes(Request(mk.preset(first.preset), first.topology, {}, **rest))
+    rows = lambda things, of: sorted((sorted(of(t).items()), t.remat) for t in things)  # noqa: E731
+    assert rows(plans, lambda p: p.mesh) == rows(tried, lambda r: r.axes)
+    fitting = [p.mfu[1] for p in plans if p.fits]
+    assert fitting == sorted(fitting, reverse=True) and all(p.fits for p in plans[: len(fitting)])
+    assert len(ranking(plans).splitlines()) == 1 + len(plans)
 
 
 @pytest.mark.parametrize(
