@@ -27,13 +27,6 @@ from moekit.errors import unknown
 from moekit.flops import step_flops
 
 GIB = 2**30
-# a third less to compile: the search for the tiles of a product ends where 97 % of the peak is
-# expected (steps read up to 2 % longer), and other fusions, which are read by their bytes, are
-# given no search
-SEARCH = {
-    "xla_jf_convolution_performance_target": "0.97",
-    "xla_jf_fusion_max_instruction_count_for_window_config": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -281,6 +274,19 @@ def _short(value: float | int) -> str:
     return f"{value / 1000**power:.4g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
+def _search(chips: int) -> dict[str, str]:
+    """Compiler options that end the search for tiles early, to compile in a third to half less.
+
+    A product's ends at a share of its peak: on a slice of one host, which is planned in passing,
+    sooner (steps read up to 9 % longer than after a full search) than on a pod (2 %). Other
+    fusions, which are read by their bytes, have none.
+    """
+    return {
+        "xla_jf_convolution_performance_target": "0.95" if chips <= 8 else "0.97",
+        "xla_jf_fusion_max_instruction_count_for_window_config": "1",
+    }
+
+
 def _compile(request: Request) -> dict[str, Any]:
     """The child's work: everything that needs the TPU compiler."""
     import resource
@@ -326,7 +332,7 @@ def _compile(request: Request) -> dict[str, Any]:
     seconds = lambda: round(time.perf_counter() - start, 1)  # noqa: E731
     host = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # noqa: E731
     try:
-        compiled = lowered.compile(compiler_options=SEARCH)
+        compiled = lowered.compile(compiler_options=_search(request.chips))
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)G", str(error))
         if not used:
