@@ -253,10 +253,10 @@ def as_text(p: Plan) -> str:
             f"{'MFU':16} {100 * p.mfu[0]:.1f} to {100 * p.mfu[1]:.1f} %",
             f"{'FLOPs a step':16} {flops}; {100 * p.hardware_flops_share:.0f} % are the model's",
             f"{'memory traffic':16} {_short(p.hbm_bytes)}B a chip",
-            f"{'collectives':16} {'axis':14} {'count':>7} {'MB sent a chip':>15} {'ms':>8}",
+            f"{'collectives':20} {'axis':14} {'count':>7} {'MB sent a chip':>15} {'ms':>8}",
         ]
         lines += [
-            f"  {c['op']:18}{c['axis']:14} {c['count']:7.0f} {c['bytes'] / 1e6:15.1f} "
+            f"  {c['op']:18} {c['axis']:14} {c['count']:7.0f} {c['bytes'] / 1e6:15.1f} "
             f"{1e3 * c['seconds']:8.2f}"
             for c in p.collectives
         ]
