@@ -277,9 +277,9 @@ def _short(value: float | int) -> str:
 def _search(chips: int) -> dict[str, str]:
     """Compiler options that end the search for tiles early, to compile in a third to half less.
 
-    A product's ends at a share of its peak: on a slice of one host, which is planned in passing,
-    sooner (steps read up to 9 % longer than after a full search) than on a pod (2 %). Other
-    fusions, which are read by their bytes, have none.
+    A product's ends at a share of its peak: on up to eight chips, which are planned in passing,
+    sooner (steps read up to 9 % longer than after a full search) than on more (2 %). Other fusions,
+    which are read by their bytes, have none.
     """
     return {
         "xla_jf_convolution_performance_target": "0.95" if chips <= 8 else "0.97",

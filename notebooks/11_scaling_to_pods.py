@@ -105,7 +105,7 @@ for plan in (nano, base):
 # %% [markdown]
 # ## Other meshes, other remat
 # The same step with half the expert parallelism, and without recomputing. `moekit plan --sweep`
-# tries all that divide and ranks them; here are three by hand, on eight chips.
+# tries more of them and ranks them; here are three by hand, on eight chips.
 
 # %%
 fewer = planned("st-nano-v5e-2x4-expert4", "st-nano", mesh={"expert": 4})
@@ -182,7 +182,7 @@ mk.show(fastest.plot(), "11-32b-plan")
 
 # %% [markdown]
 # ## Which mesh, and what to compute again
-# All meshes and remat policies that divide the step on one of these slices, ranked; also recorded:
+# The meshes and remat policies that a sweep tries on one of these slices, ranked; also recorded:
 # `moekit plan st-32b --topology v5p:4x8x8 --batch 256 --input-length 2048 --target-length 512
 # --sweep --json`.
 
@@ -192,18 +192,15 @@ swept = [mk.Plan(**values) for values in swept]
 print(ranking(swept))
 
 # %%
-names = [f"{p.mesh['expert']} x {p.mesh['model']}\n{p.remat}" for p in swept]
-times = {
-    b: {n: p.step_seconds[i] for n, p in zip(names, swept, strict=True)} for b, i in bounds.items()
-}
+meshes = {f"{p.mesh['expert']} x {p.mesh['model']}\n{p.remat}": p for p in swept if p.step_seconds}
+times = {b: {n: p.step_seconds[i] for n, p in meshes.items()} for b, i in bounds.items()}
 title = "32B on v5p:4x8x8: step time by expert x model axis and remat (an estimate)"
 mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-sweep")
 
 # %% [markdown]
 # Keeping what the large products made (remat `dots`) is the first thing to buy with memory that is
-# left over. A model axis buys nothing here: the weights that it spares each chip from gathering are
-# paid for with activations, which travel in every layer, and what fits without it runs fastest
-# without it.
+# left over. A model axis buys nothing here: the step fits without it, and what travels over it
+# comes on top of gathers over the expert axis that send as much as before (`p.collectives`).
 
 # %% [markdown]
 # ## What a step costs
