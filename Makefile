@@ -44,4 +44,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) tour runs
+	rm -rf $(VENV) tour runs .jax_cache

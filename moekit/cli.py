@@ -13,8 +13,8 @@ from typing import Annotated
 import jax
 import tyro
 
+from moekit.commands.data import DATA_VERBS, Data
 from moekit.config import StudyConfig, TrainConfig, preset
-from moekit.data_verbs import DATA_VERBS, Data
 from moekit.errors import unknown
 
 
@@ -26,7 +26,7 @@ class Doctor:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit import doctor
+        from moekit.commands import doctor
 
         if self.presets:
             rows = doctor.presets()
@@ -48,7 +48,7 @@ class Tour:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.tour import tour
+        from moekit.commands.tour import tour
 
         _keep_freed_memory()  # kernels inherit it
         rows = tour(self.out, in_place=self.in_place, only=self.only)
@@ -95,10 +95,10 @@ class Train:
 
     def run(self) -> tuple[object, str]:
         import moekit as mk
-        from moekit import hosts
+        from moekit import distributed
 
         _keep_freed_memory()
-        hosts.start(self.coordinator, self.processes, self.process_id)
+        distributed.start(self.coordinator, self.processes, self.process_id)
         sharded = self.mesh or jax.process_count() > 1
         mesh = mk.make_mesh(**_axes(self.mesh)) if sharded else None
         if self.checkpoint:
@@ -118,7 +118,7 @@ class Train:
         if not self.checkpoint:
             model = mk.EncoderDecoder(cfg, seed=self.train.seed, mesh=mesh)
         run = mk.train(model, source, self.train, workdir=self.workdir)
-        if not hosts.is_first():
+        if not distributed.is_first():
             return None, ""  # one process speaks
         last = run.metrics.rows[-1]
         text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {self.workdir}"
@@ -156,8 +156,8 @@ class Plan:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.plan import Request, compile_in_child
-        from moekit.sweep import ranking, sweep
+        from moekit.planning.step_plan import Request, compile_in_child
+        from moekit.planning.sweep import ranking, sweep
 
         lengths = (self.input_length, self.target_length)
         options = (self.batch, *lengths, self.optimizer, self.remat)
@@ -211,7 +211,7 @@ class Eval:
 
     def _harness(self) -> tuple[dict, str]:
         import moekit as mk
-        from moekit.harness import harness, make_table
+        from moekit.evaluation.lm_harness import harness, make_table
 
         tasks, shots = self.harness.split(","), self.shots
         model = mk.load(self.checkpoint)
@@ -222,10 +222,10 @@ class Eval:
 
 # benchmark: module and function; a flag of `Bench` goes to the parameter of its name
 BENCHMARKS = {
-    "layer": ("bench", "layer"),
-    "step": ("bench", "step"),
-    "input": ("bench_input", "input_pipeline"),
-    "peers": ("peers", "peers"),
+    "layer": ("bench.timings", "layer"),
+    "step": ("bench.timings", "step"),
+    "input": ("bench.input", "input_pipeline"),
+    "peers": ("bench.baselines", "peers"),
 }
 
 
@@ -294,7 +294,7 @@ class Study:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.recipes import study, summary
+        from moekit.studies import study, summary
 
         _keep_freed_memory()
         results = study(self.study)
@@ -310,7 +310,7 @@ class Figures:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.recipes import figures
+        from moekit.studies import figures
 
         paths = [str(path) for path in figures(self.results, self.out)]
         return paths, "\n".join(paths)

@@ -31,7 +31,7 @@ if importlib.util.find_spec("moekit") is None:
 
 # %%
 import moekit as mk
-from moekit.doctor import as_text, report
+from moekit.commands.doctor import as_text, report
 
 FULL = False  # True on a TPU or GPU: the mini model, more steps
 SIZE, STEPS, BATCH_TOKENS = ("mini", 2000, 65_536) if FULL else ("nano", 60, 5120)

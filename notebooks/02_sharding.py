@@ -33,9 +33,9 @@ import numpy as np
 from flax import nnx
 
 import moekit as mk
-from moekit.chips import CHIPS
-from moekit.hlo import Walker
-from moekit.step import abstract_batch, compiled_step
+from moekit.planning.chips import CHIPS
+from moekit.planning.hlo import Walker
+from moekit.training.step import abstract_batch, compiled_step
 
 FULL = False  # True on eight TPU chips: the base model, on the chips themselves
 SIZE = "base" if FULL else "nano"

@@ -31,7 +31,7 @@ import math
 from pathlib import Path
 
 import moekit as mk
-from moekit.sweep import ranking
+from moekit.planning.sweep import ranking
 
 FULL = False  # True with an hour or more: the base model and the 32B model are compiled anew
 LIVE = importlib.util.find_spec("libtpu") is not None

@@ -16,13 +16,13 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from moekit.data.corruption import Corpus
-from moekit.data.pipeline import Batch, pad_pairs, tokenize_prompt
+from moekit.data.batch import Batch, pad_pairs, tokenize_prompt
+from moekit.data.span_corruption import Corpus
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
+from moekit.distributed import to_host
 from moekit.errors import unknown
-from moekit.generate import length_groups
-from moekit.hosts import to_host
+from moekit.model.decoding import length_groups
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import split_rows
 

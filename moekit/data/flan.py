@@ -155,7 +155,7 @@ def _mixture(name: str, rows: Iterable[tuple], dropped: Mapping[str, str]) -> Mi
 
 
 def _builtin(everything: bool) -> list[tuple[Task, Formats]]:
-    from moekit.data.builtin import builtin_tasks
+    from moekit.data.builtin.tasks import builtin_tasks
 
     tasks = builtin_tasks().values()
     return [(task, BUILTIN_FORMATS) for task in tasks if everything or not task.held_out]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit import __version__
-from moekit.data.pipeline import shuffled, tokenize_prompt
+from moekit.data.batch import shuffled, tokenize_prompt
 from moekit.data.tasks import (
     Example,
     Prompt,
@@ -21,7 +21,7 @@ from moekit.data.tasks import (
 from moekit.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from moekit.data.overview import Overview
+    from moekit.data.summary import Overview
 
 _WINDOW = 8192  # examples within which the mixture is shuffled
 
@@ -87,7 +87,7 @@ class Mixture:
           tokenizer: what counts tokens; default bytes.
           tokens: length of the run, inputs and targets; default one epoch.
         """
-        from moekit.data.overview import overview
+        from moekit.data.summary import overview
 
         return overview(self, tokenizer, tokens)
 

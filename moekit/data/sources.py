@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.data.corruption import Corpus, Document
+from moekit.data.span_corruption import Corpus, Document
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")
@@ -352,7 +352,7 @@ def corpus(name: str = "builtin", folder: str | Path | None = None) -> Corpus:
     Without validation files of its own, every 50th document of a part validates.
     """
     if name == "builtin":
-        from moekit.data.builtin import builtin_corpus
+        from moekit.data.builtin.tasks import builtin_corpus
 
         return builtin_corpus()
     parts = tuple(TEXT_DOMAINS) if name == "mirror" else tuple(name.split(","))

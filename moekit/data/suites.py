@@ -47,7 +47,7 @@ class Suite:
 
 
 def _builtin(held_out: bool) -> tuple[Task, ...]:
-    from moekit.data.builtin import builtin_tasks
+    from moekit.data.builtin.tasks import builtin_tasks
 
     return tuple(task for task in builtin_tasks().values() if task.held_out == held_out)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.config import ModelConfig
-from moekit.data.pipeline import Batch
+from moekit.data.batch import Batch
 from moekit.model.attention import Attention, Bias, RelativeBias, product, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
 from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on, platform

@@ -9,7 +9,7 @@ import moekit as mk
 from moekit.analysis import balance as b
 from moekit.analysis import specialization as s
 from moekit.analysis.trace import RouterTrace, StackTrace, text_prompts
-from moekit.data.corruption import Corpus, Document
+from moekit.data.span_corruption import Corpus, Document
 
 
 def synthetic(expert, *, kept=None, weight=None, domains=None, token=None, experts=4, example=None):

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from moekit.data.builtin import HELD_OUT, builtin_corpus, builtin_tasks
-from moekit.data.embedded import entries, split_of
+from moekit.data.builtin.entries import entries, split_of
+from moekit.data.builtin.tasks import HELD_OUT, builtin_corpus, builtin_tasks
 from moekit.data.flan import flan_mixture
 from moekit.data.tasks import format_prompt
 
@@ -72,7 +72,7 @@ def test_corpus_has_domains_and_disjoint_splits():
 
 def test_the_same_in_every_process():
     code = (
-        "from moekit.data.builtin import builtin_tasks as t\n"
+        "from moekit.data.builtin.tasks import builtin_tasks as t\n"
         "import hashlib\n"
         "names = ('swaps', 'http_status')\n"
         "e = [(x.id, x.options) for n in names for x in t()[n].examples('train')]\n"

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.data.corruption import Corpus, Document, chunk_length, restore, span_corruption
+from moekit.data.span_corruption import Corpus, Document, chunk_length, restore, span_corruption
 from moekit.data.tokenizer import EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -216,7 +216,7 @@ def test_a_digest_covers_data_wordings_rates_and_version(folder, put, monkeypatc
 
 @pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
 def test_real_data_is_counted_right(monkeypatch):
-    monkeypatch.setattr("moekit.data.overview.SAMPLED", 1)
+    monkeypatch.setattr("moekit.data.summary.SAMPLED", 1)
     root, counted = Path(DATA), collections.Counter()
     for path in root.rglob("*.jsonl.gz"):
         name = path.relative_to(root)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
+from moekit.data.batch import batches, shuffled
 from moekit.data.mixture import Formats, Mixture
-from moekit.data.pipeline import batches, shuffled
 from moekit.data.tasks import Example, Task, Template
 from moekit.data.tokenizer import EOS, ByteTokenizer
 

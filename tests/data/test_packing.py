@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.data.corruption import Corpus, Document
 from moekit.data.packing import OPEN_ROWS, WINDOW, Packer, propose_lengths
+from moekit.data.span_corruption import Corpus, Document
 from moekit.data.tokenizer import ByteTokenizer
 
 LIMITS = (64, 16)

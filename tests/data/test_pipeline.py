@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from moekit.data.corruption import Corpus, Document, restore
+from moekit.data.batch import batches, pad_prompts, tokenize_prompt, unigram_entropy
 from moekit.data.mixture import Formats, Mixture
-from moekit.data.pipeline import batches, pad_prompts, tokenize_prompt, unigram_entropy
+from moekit.data.span_corruption import Corpus, Document, restore
 from moekit.data.tasks import Example, Prompt, Task, Template
 from moekit.data.tokenizer import EOS, ByteTokenizer
 

@@ -5,8 +5,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moekit.data.batch import tokenize_prompt
 from moekit.data.flan import flan_mixture
-from moekit.data.pipeline import tokenize_prompt
 from moekit.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit.data.pipeline import pad_pairs
+from moekit.data.batch import pad_pairs
 from moekit.model import transformer
 from moekit.model.attention import relative_bucket
 from moekit.model.transformer import EncoderDecoder, shift_right, with_config
-from moekit.step import auxiliary_losses
-from moekit.train import evaluate_loss, token_losses
+from moekit.training.loop import evaluate_loss, token_losses
+from moekit.training.step import auxiliary_losses
 
 FLAVOURS = ("t5", "switch", "gshard", "ec", "st")
 SPARSE = FLAVOURS[1:]

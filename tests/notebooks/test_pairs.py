@@ -6,7 +6,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from moekit.tour import notebooks, tour
+from moekit.commands.tour import notebooks, tour
 
 FOLDER = Path(__file__).parent.parent.parent / "notebooks"
 PATHS = notebooks(FOLDER)

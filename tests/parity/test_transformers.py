@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moekit.bench import full_batch
+from moekit.bench.baselines import peers
+from moekit.bench.timings import full_batch
 from moekit.config import ModelConfig
 from moekit.model.transformer import EncoderDecoder
-from moekit.peers import peers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -21,10 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moekit.chips import CHIPS, Chip, links
 from moekit.config import REMATS, ModelConfig, TrainConfig, preset
 from moekit.errors import unknown
-from moekit.flops import step_flops
+from moekit.model.counting import step_flops
+from moekit.planning.chips import CHIPS, Chip, links
 
 GIB = 2**30
 
@@ -141,7 +141,7 @@ class Plan:
 
     def plot(self):
         """Memory by kind beside the chip's limit, and the step's time by what it is spent on."""
-        from moekit.analysis.figures import plot_plan
+        from moekit.analysis.plots import plot_plan
 
         return plot_plan(self)
 
@@ -197,7 +197,7 @@ def compile_in_child(request: Request) -> Plan:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     what = f"compile {request.cfg.name} for {request.topology} (up to minutes)"
-    command = [sys.executable, "-m", "moekit.plan"]
+    command = [sys.executable, "-m", "moekit.planning.step_plan"]
     with (
         tempfile.TemporaryFile("w+") as errors,
         tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False, disable=None) as bar,
@@ -298,7 +298,7 @@ def _compile(request: Request) -> dict[str, Any]:
 
     from moekit.model.transformer import EncoderDecoder
     from moekit.sharding import AXES
-    from moekit.step import abstract_batch, compiled_step
+    from moekit.training.step import abstract_batch, compiled_step
 
     name = request.topology.partition(":")[0]
     # one device a chip: v4 could also show its two cores
@@ -389,7 +389,7 @@ def _memory_advice(request: Request) -> list[str]:
 
 def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     """Times, FLOPs and collectives of a compiled step."""
-    from moekit.hlo import Walker
+    from moekit.planning.hlo import Walker
     from moekit.sharding import row_shards
 
     try:

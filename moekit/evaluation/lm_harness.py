@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint import load
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
-from moekit.evaluate import likelihoods
-from moekit.generate import generate_ids
+from moekit.evaluation.evaluator import likelihoods
+from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
+from moekit.training.checkpoint import load
 
 try:
     import lm_eval

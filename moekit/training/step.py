@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moekit.config import ModelConfig, TrainConfig
-from moekit.data.pipeline import Batch
+from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import LayerStats, update_router_bias
-from moekit.optim import make_optimizer, state_specs
 from moekit.sharding import BATCH, platform, variable_spec
+from moekit.training.optim import make_optimizer, state_specs
 
 
 @jax.custom_vjp

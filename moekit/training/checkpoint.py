@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moekit.config import ModelConfig
-from moekit.hosts import first_does, gathered
+from moekit.distributed import first_does, gathered
 from moekit.model.transformer import EncoderDecoder
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from moekit.chips import CHIPS
 from moekit.config import ModelConfig
 from moekit.errors import unknown
-from moekit.plan import GIB, Plan, Request, compile_in_child, most_expert_parallel
+from moekit.planning.chips import CHIPS
+from moekit.planning.step_plan import GIB, Plan, Request, compile_in_child, most_expert_parallel
 
 
 def sweep(cfg: ModelConfig, topology: str, *options) -> list[Plan]:

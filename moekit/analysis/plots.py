@@ -21,11 +21,11 @@ from moekit.analysis.specialization import (
     token_specialization,
 )
 from moekit.analysis.trace import RouterTrace
+from moekit.data.batch import Batch
 from moekit.data.mixture import Mixture
-from moekit.data.pipeline import Batch
 from moekit.data.tokenizer import Tokenizer
-from moekit.metrics import Metrics
 from moekit.moe.routing import Routing
+from moekit.training.metrics import Metrics
 
 matplotlib.rcParams["svg.hashsalt"] = "moekit"
 LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))

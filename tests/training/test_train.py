@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit.checkpoint import Checkpoints
 from moekit.config import TrainConfig
-from moekit.data.corruption import Corpus, Document
-from moekit.data.pipeline import batches
-from moekit.optim import make_optimizer, schedule
+from moekit.data.batch import batches
+from moekit.data.span_corruption import Corpus, Document
 from moekit.sharding import AXES
-from moekit.step import compiled_step
-from moekit.train import NonFiniteLoss, _Trainer, token_losses
+from moekit.training.checkpoint import Checkpoints
+from moekit.training.loop import NonFiniteLoss, _Trainer, token_losses
+from moekit.training.optim import make_optimizer, schedule
+from moekit.training.step import compiled_step
 
 TEXT = Corpus(
     "text", lambda split: [Document(f"{split} {i} is followed by {i + 1}. " * 3) for i in range(90)]
@@ -151,7 +151,7 @@ def test_a_failed_write_leaves_the_former_checkpoint(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_reported_before_training(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
-    monkeypatch.setattr("moekit.checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("moekit.training.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"has 2.0 MB free, checkpoints need \d.* make room"):
         mk.train(model(), TEXT, CONFIG, workdir=tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()

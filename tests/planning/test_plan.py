@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit import hlo
-from moekit.chips import CHIPS
-from moekit.flops import step_flops
-from moekit.plan import Request, _time_advice, compile_in_child
-from moekit.step import abstract_batch, compiled_step
-from moekit.sweep import _meshes, ranking, sweep
+from moekit.model.counting import step_flops
+from moekit.planning import hlo
+from moekit.planning.chips import CHIPS
+from moekit.planning.step_plan import Request, _time_advice, compile_in_child
+from moekit.planning.sweep import _meshes, ranking, sweep
+from moekit.training.step import abstract_batch, compiled_step
 
-RECORDED = Path(__file__).parent.parent / "assets/plans"
+RECORDED = Path(__file__).parents[2] / "assets/plans"
 LENGTHS = {"batch": 8, "input_length": 128, "target_length": 64}
 
 

@@ -63,7 +63,7 @@ def batches(
     Raises:
       ValueError: shards cannot be divided among so many processes or workers.
     """
-    from moekit.data.stream import MAX_SHARDS, Plan, Stream, data_shards
+    from moekit.data.loader import MAX_SHARDS, Plan, Stream, data_shards
 
     shards, (process, processes) = data_shards(batch_size), shard
     if shards % processes or (shards // processes) % max(1, workers):

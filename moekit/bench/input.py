@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from moekit.data.batch import batches
 from moekit.data.flan import flan_mixture
 from moekit.data.mixture import Mixture
 from moekit.data.packing import propose_lengths
-from moekit.data.pipeline import batches
 from moekit.data.sources import corpus
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 

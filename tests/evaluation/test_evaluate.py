@@ -1,7 +1,6 @@
 """Scores, ranking, decoding, evaluation."""
 
 import dataclasses
-import importlib
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ import pytest
 import moekit as mk
 from moekit.data.suites import Suite
 from moekit.data.tasks import Example, Task, Template
-from moekit.evaluate import rank_options
-from moekit.generate import bucket, length_groups, rows_at
-from moekit.scores import (
+from moekit.evaluation import evaluator
+from moekit.evaluation.evaluator import rank_options
+from moekit.evaluation.scores import (
     Scores,
     TaskScore,
     bootstrap,
@@ -23,8 +22,8 @@ from moekit.scores import (
     report,
     rouge_l,
 )
+from moekit.model.decoding import bucket, length_groups, rows_at
 
-EVALUATION = importlib.import_module("moekit.evaluate")  # mk.evaluate is the function
 TEN = tuple(Template(f"{i} " + "{x}") for i in range(10))
 
 
@@ -226,7 +225,7 @@ def test_a_suite_is_asked_in_its_own_way(model, monkeypatch):
         said = ["It is so. The answer is word1." for _ in ids]
         return [np.array(mk.ByteTokenizer().encode(text)) for text in said]
 
-    monkeypatch.setattr(EVALUATION, "generate_ids", decode)
+    monkeypatch.setattr(evaluator, "generate_ids", decode)
     thought = task(rationale="Think.")
     suite = Suite("s", (thought,), shots=2, chain_of_thought=True, first=6, missing=("gone",))
     scores = mk.evaluate(model, suite)
@@ -258,7 +257,7 @@ def test_a_suite_is_asked_in_its_own_way(model, monkeypatch):
 def test_few_exemplars_are_shown_in_their_order(model, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        EVALUATION,
+        evaluator,
         "generate_ids",
         lambda model, ids, **_: asked.extend(ids) or [np.zeros(1, np.int32)] * len(ids),
     )
@@ -280,7 +279,7 @@ def test_greedy_decoding_equals_argmax_of_the_whole(model):
         ids: list[int] = []
         for _ in range(5):
             target = {"inputs": [*tokenizer.encode(text), 1], "targets": [*ids, 5]}
-            from moekit.data.pipeline import pad_pairs
+            from moekit.data.batch import pad_pairs
 
             logits = wide(pad_pairs([target], input_length=64, target_length=8)).logits
             ids.append(int(logits[0, len(ids)].argmax()))

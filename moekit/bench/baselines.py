@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from moekit.bench import full_batch, interleaved, ratio
+from moekit.bench.timings import full_batch, interleaved, ratio
 from moekit.config import ModelConfig
-from moekit.data.pipeline import Batch
+from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
-from moekit.step import auxiliary_losses, token_losses
+from moekit.training.step import auxiliary_losses, token_losses
 
 LAYERS, HEAD_DIM = 4, 64  # of each stack; features of a head
 DIRECTIONS = ("forward", "forward + backward")

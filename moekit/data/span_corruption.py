@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import numpy as np
 from jaxtyping import Int
 
-from moekit.data.pipeline import shuffled
+from moekit.data.batch import shuffled
 from moekit.data.tokenizer import EOS, NUM_SENTINELS, Tokenizer
 
 RATE, MEAN_SPAN = 0.15, 3.0

@@ -17,17 +17,17 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from moekit.checkpoint import Checkpoints, differing, restore_model, to_json
 from moekit.config import TrainConfig
-from moekit.data.pipeline import Batch, batches
-from moekit.data.stats import Counts
+from moekit.data.batch import Batch, batches
+from moekit.data.statistics import Counts
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
-from moekit.hosts import gathered, is_first, join_rows, share_of_rows
-from moekit.metrics import Metrics
+from moekit.distributed import gathered, is_first, join_rows, share_of_rows
 from moekit.model.transformer import EncoderDecoder
-from moekit.optim import schedule
 from moekit.sharding import row_shards
-from moekit.step import compiled_step, token_losses
+from moekit.training.checkpoint import Checkpoints, differing, restore_model, to_json
+from moekit.training.metrics import Metrics
+from moekit.training.optim import schedule
+from moekit.training.step import compiled_step, token_losses
 
 EVAL_BATCHES = 16  # of a validation loss
 _CALLS = itertools.count(1)

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from moekit.data import generators as g
-from moekit.data.corruption import Corpus, Document
-from moekit.data.embedded import Entry, entries, split_of
+from moekit.data.builtin import generators as g
+from moekit.data.builtin.entries import Entry, entries, split_of
+from moekit.data.span_corruption import Corpus, Document
 from moekit.data.tasks import WORDINGS, Example, Task, Template, stable_random, templates
 
 SIZE = 1500  # objects of a real task before they are split

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from moekit import config as configs
 from moekit.config import ModelConfig, TrainConfig
-from moekit.data.pipeline import Batch
+from moekit.data.batch import Batch
 from moekit.model.transformer import FFN, EncoderDecoder
 from moekit.moe.layer import MoE
 from moekit.moe.parallel import Place
 from moekit.moe.routing import TopK
 from moekit.sharding import split_rows
-from moekit.step import compiled_step
+from moekit.training.step import compiled_step
 
 SHAPES = ((8, 1), (32, 2))  # experts, choices
 

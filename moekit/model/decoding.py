@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
-from moekit.data.pipeline import pad_pairs
+from moekit.data.batch import pad_pairs
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
-from moekit.hosts import to_host
+from moekit.distributed import to_host
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import row_shards, split_rows
 

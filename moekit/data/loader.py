@@ -14,9 +14,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from moekit.data.batch import Batch, stack
 from moekit.data.packing import WINDOW, Packer, Sized
-from moekit.data.pipeline import Batch, stack
-from moekit.data.stats import Counts
+from moekit.data.statistics import Counts
 
 MAX_SHARDS = 64  # of a batch, so the most processes that can share one
 _AHEAD = 2  # batches read ahead

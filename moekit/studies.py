@@ -19,25 +19,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from moekit.analysis import figures as draw
+from moekit.analysis import plots as draw
 from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.specialization import Specialization, domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
 from moekit.config import ModelConfig, StudyConfig, TrainConfig, preset
-from moekit.data.corruption import Corpus
+from moekit.data.batch import batches, unigram_entropy
 from moekit.data.flan import flan_mixture
 from moekit.data.mixture import Formats, Mixture
-from moekit.data.pipeline import batches, unigram_entropy
 from moekit.data.sources import corpus as open_corpus
 from moekit.data.sources import data_dir
+from moekit.data.span_corruption import Corpus
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
 from moekit.data.tokenizer import load_tokenizer, train_sentencepiece
-from moekit.evaluate import evaluate
-from moekit.metrics import Metrics
+from moekit.evaluation.evaluator import evaluate
+from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
-from moekit.scores import Scores
-from moekit.train import Run, train
+from moekit.training.loop import Run, train
+from moekit.training.metrics import Metrics
 
 # Adafactor multiplies by the scale of each parameter; the rate falls as 1 / sqrt(step)
 PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)

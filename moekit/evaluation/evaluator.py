@@ -18,10 +18,8 @@ from tqdm import tqdm
 from moekit.data.suites import Suite
 from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
-from moekit.generate import encode_inputs, generate_ids, input_rows, length_groups
-from moekit.hosts import to_host
-from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
-from moekit.scores import (
+from moekit.distributed import to_host
+from moekit.evaluation.scores import (
     Difference,
     Scores,
     TaskScore,
@@ -31,6 +29,8 @@ from moekit.scores import (
     extract_answer,
     rouge_l,
 )
+from moekit.model.decoding import encode_inputs, generate_ids, input_rows, length_groups
+from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.sharding import split_rows
 
 __all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit import bench
+from moekit.bench import timings as bench
+from moekit.bench.baselines import _config, _ours
 from moekit.cli import BENCHMARKS, main
-from moekit.peers import _config, _ours
 
 TINY = {"d_model": 64, "d_ff": 32, "vocab_size": 128}
 

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit import hosts
-from moekit.checkpoint import Checkpoints
-from moekit.data.corruption import Corpus, Document
+from moekit import distributed
+from moekit.data.span_corruption import Corpus, Document
 from moekit.sharding import AXES
+from moekit.training.checkpoint import Checkpoints
 
 TEXT = Corpus(
     "text", lambda split: [Document(f"{split} {i} is followed by {i + 1}. " * 3) for i in range(90)]
@@ -43,14 +43,14 @@ def build():
 def one_of_two(folder, coordinator, number):
     """What each of the two processes does; it reports as JSON."""
     number = int(number)
-    hosts.start(coordinator, 2, number)
+    distributed.start(coordinator, 2, number)
     found = {"devices": [jax.local_device_count(), jax.device_count()]}
-    found["share"] = hosts.share_of_rows(mk.make_mesh(expert=8))
-    found["joined"] = hosts.share_of_rows(mk.make_mesh(model=8))
-    found["gathered"] = hosts.gathered("é" * (number + 1))
+    found["share"] = distributed.share_of_rows(mk.make_mesh(expert=8))
+    found["joined"] = distributed.share_of_rows(mk.make_mesh(model=8))
+    found["gathered"] = distributed.gathered("é" * (number + 1))
     apart = np.array(jax.devices())[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(4, 1, 2)
     try:
-        hosts.share_of_rows(jax.sharding.Mesh(apart, AXES))
+        distributed.share_of_rows(jax.sharding.Mesh(apart, AXES))
     except ValueError as error:
         found["uneven"] = str(error)
     model = build()
@@ -148,7 +148,9 @@ def test_a_signal_to_one_stops_both_after_the_same_step(runs):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_is_alone_says_so(number):
     arguments = (f"localhost:{free_port()}", 2, number)
-    process = python("-c", f"from moekit import hosts; hosts.start(*{arguments}, timeout=2)")
+    process = python(
+        "-c", f"from moekit import distributed; distributed.start(*{arguments}, timeout=2)"
+    )
     error = process.communicate(timeout=100)[1]
     assert process.returncode == 1
     assert "TimeoutError: waited 2 s for the other processes of this run at localhost" in error
@@ -165,7 +167,7 @@ def test_a_process_that_is_alone_says_so(number):
 )
 def test_arguments_that_make_no_run(arguments, message):
     with pytest.raises(ValueError, match=message):
-        hosts.start(*arguments)
+        distributed.start(*arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks: timings against the dense floor and against other libraries."""

@@ -1,0 +1,1 @@
+"""The embedded default: tasks and text that need no network."""

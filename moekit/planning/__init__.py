@@ -1,0 +1,1 @@
+"""Plans: compile a training step ahead of time for a named slice."""

@@ -1,0 +1,1 @@
+"""Training: optimizer, step, state, checkpoints, the loop and its log."""
