@@ -79,9 +79,6 @@ from .config import (
     ModelConfig as ModelConfig,
 )
 from .config import (
-    StudyConfig as StudyConfig,
-)
-from .config import (
     TrainConfig as TrainConfig,
 )
 from .config import (
@@ -242,6 +239,9 @@ from .sharding import (
 )
 from .studies import (
     Lab as Lab,
+)
+from .studies import (
+    StudyConfig as StudyConfig,
 )
 from .studies import (
     finetune as finetune,

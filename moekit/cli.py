@@ -14,8 +14,9 @@ import jax
 import tyro
 
 from moekit.commands.data import DATA_VERBS, Data
-from moekit.config import StudyConfig, TrainConfig, preset
+from moekit.config import TrainConfig, preset
 from moekit.errors import unknown
+from moekit.studies import StudyConfig
 
 
 @dataclass

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moekit.errors import unknown
@@ -333,52 +332,6 @@ class TrainConfig:
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """A dense and a sparse model of one size through all stages; by default that of the notebooks.
-
-    Args:
-      source: "builtin", or "mirror" for the data folder (MOEKIT_DATA).
-      size: "nano" or "mini".
-      flavours: the models to compare.
-      pretrain_steps, tune_steps: of batch_tokens each.
-      limits: questions a task of suites with more than 20 tasks, and of smaller ones.
-      options: show a question's options when asking (they are ranked all the same).
-      out: results go to out/results, figures to out/figures; workdir keeps checkpoints.
-    """
-
-    source: str = "builtin"
-    size: str = "nano"
-    flavours: tuple[str, ...] = ("t5", "st")
-    pretrain_steps: int = 400
-    tune_steps: int = 800
-    batch_tokens: int = 2560
-    input_length: int = 128
-    target_length: int = 32
-    limits: tuple[int, int] = (6, 150)
-    options: bool = True
-    seed: int = 0
-    name: str = ""
-    out: Path = Path("assets")
-    workdir: Path = Path("runs/study")
-
-    def __post_init__(self):
-        if self.source not in ("builtin", "mirror"):
-            raise unknown("source", self.source, ("builtin", "mirror"))
-        if self.size not in ("nano", "mini"):
-            raise unknown("size", self.size, ("nano", "mini"))
-        for flavour in self.flavours:
-            preset(f"{flavour}-{self.size}")
-
-    @property
-    def vocab_size(self) -> int:
-        return {"nano": 1024, "mini": 8192}[self.size]
-
-    @property
-    def title(self) -> str:
-        return self.name or f"{self.source}-{self.size}-seed{self.seed}"
 
 
 # size: layers of each stack, d_model, d_ff, heads (of 64)

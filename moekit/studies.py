@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moekit.analysis import plots as draw
 from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.specialization import Specialization, domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
-from moekit.config import ModelConfig, StudyConfig, TrainConfig, preset
+from moekit.config import ModelConfig, TrainConfig, preset
 from moekit.data.batch import batches, unigram_entropy
 from moekit.data.flan import flan_mixture
 from moekit.data.mixture import Formats, Mixture
@@ -33,11 +33,59 @@ from moekit.data.span_corruption import Corpus
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
 from moekit.data.tokenizer import load_tokenizer, train_sentencepiece
+from moekit.errors import unknown
 from moekit.evaluation.evaluator import evaluate
 from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
 from moekit.training.loop import Run, train
 from moekit.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A dense and a sparse model of one size through all stages; by default that of the notebooks.
+
+    Args:
+      source: "builtin", or "mirror" for the data folder (MOEKIT_DATA).
+      size: "nano" or "mini".
+      flavours: the models to compare.
+      pretrain_steps, tune_steps: of batch_tokens each.
+      limits: questions a task of suites with more than 20 tasks, and of smaller ones.
+      options: show a question's options when asking (they are ranked all the same).
+      out: results go to out/results, figures to out/figures; workdir keeps checkpoints.
+    """
+
+    source: str = "builtin"
+    size: str = "nano"
+    flavours: tuple[str, ...] = ("t5", "st")
+    pretrain_steps: int = 400
+    tune_steps: int = 800
+    batch_tokens: int = 2560
+    input_length: int = 128
+    target_length: int = 32
+    limits: tuple[int, int] = (6, 150)
+    options: bool = True
+    seed: int = 0
+    name: str = ""
+    out: Path = Path("assets")
+    workdir: Path = Path("runs/study")
+
+    def __post_init__(self):
+        if self.source not in ("builtin", "mirror"):
+            raise unknown("source", self.source, ("builtin", "mirror"))
+        if self.size not in ("nano", "mini"):
+            raise unknown("size", self.size, ("nano", "mini"))
+        for flavour in self.flavours:
+            preset(f"{flavour}-{self.size}")
+
+    @property
+    def vocab_size(self) -> int:
+        return 1024 if self.size == "nano" else 8192
+
+    @property
+    def title(self) -> str:
+        return self.name or f"{self.source}-{self.size}-seed{self.seed}"
+
 
 # Adafactor multiplies by the scale of each parameter; the rate falls as 1 / sqrt(step)
 PRETRAIN = TrainConfig(learning_rate=5e-2, schedule="rsqrt", warmup_steps=50)

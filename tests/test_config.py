@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 import moekit as mk
-from moekit.config import StudyConfig, TrainConfig, digest
+from moekit.config import TrainConfig, digest
 from moekit.moe.routing import ExpertChoice, GShard, TopK
 
 # billions of parameters and GFLOPs per encoder and decoder token, from flaxformer's configurations
@@ -114,13 +114,6 @@ def test_round_trip_and_digest(name):
 def test_training_settings_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
-
-
-def test_study_settings_are_checked():
-    with pytest.raises(ValueError, match="did you mean 'mirror'"):
-        StudyConfig(source="miror")
-    with pytest.raises(ValueError, match="unknown preset 'foo-nano'"):
-        StudyConfig(flavours=("foo",))
 
 
 def test_digest_ignores_order():
