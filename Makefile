@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: tour test lint lab notebooks figures bench parity clean
+.PHONY: tour test lint lab notebooks figures bench parity release clean
 
 tour: $(STAMP)  ## execute all notebooks on the embedded data, print where to look
 	$(BIN)/moekit tour
@@ -34,6 +34,9 @@ parity: $(STAMP)  ## add torch and transformers, compare with them
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
 	$(BIN)/python -m pytest tests/parity -n 0
 	$(BIN)/moekit bench peers
+
+release: $(STAMP)  ## write address and tag: make release REPO=https://github.com/OWNER/NAME TAG=v0.1.0
+	$(BIN)/python tools/release.py "$(REPO)" "$(TAG)"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

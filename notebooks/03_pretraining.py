@@ -15,13 +15,19 @@
 # The later notebooks take up the models that this one trains.
 
 # %%
-# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
 import importlib.util
 import subprocess
 import sys
 
+REPOSITORY, TAG = "", ""  # filled in by `make release`
 if importlib.util.find_spec("moekit") is None:
-    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    if not REPOSITORY:
+        raise ModuleNotFoundError(
+            "moekit is not installed: clone the repository, run `make lab` in the clone "
+            "and open this notebook there"
+        )
+    source = f"moekit @ git+{REPOSITORY}@{TAG}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%

@@ -16,13 +16,19 @@
 # about three minutes, a few seconds without the TPU compiler.
 
 # %%
-# On Colab this installs moekit; elsewhere it is there already. A running jax stays as it is.
+# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
 import importlib.util
 import subprocess
 import sys
 
+REPOSITORY, TAG = "", ""  # filled in by `make release`
 if importlib.util.find_spec("moekit") is None:
-    source = "moekit @ git+https://github.com/moekit/moekit@v0.1.0"
+    if not REPOSITORY:
+        raise ModuleNotFoundError(
+            "moekit is not installed: clone the repository, run `make lab` in the clone "
+            "and open this notebook there"
+        )
+    source = f"moekit @ git+{REPOSITORY}@{TAG}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
@@ -37,12 +43,12 @@ FULL = False  # True with an hour or more: the base model and the 32B model are 
 LIVE = importlib.util.find_spec("libtpu") is not None
 places = [Path("assets/plans"), Path("../assets/plans"), Path("moekit-plans/assets/plans")]
 if not any(place.is_dir() for place in places):  # on Colab
-    clone = "git clone -q --depth 1 --branch v0.1.0 https://github.com/moekit/moekit moekit-plans"
+    clone = f"git clone -q --depth 1 --branch {TAG} {REPOSITORY} moekit-plans"
     subprocess.run(clone.split(), check=True)
 PLANS = next(place for place in places if place.is_dir())
 if not LIVE:
     print("Skipped: nothing is compiled here, recorded plans are shown instead, because libtpu,")
-    print("the TPU compiler, is not installed. It needs no TPU: pip install 'moekit[tpu]' (Linux).")
+    print("the TPU compiler, is not installed. It needs no TPU: pip install -e '.[tpu]' (Linux).")
 
 # %% [markdown]
 # ## A plan
@@ -237,10 +243,11 @@ tokens = fastest.batch * (fastest.input_length + fastest.target_length)
 chip, chips = fastest.topology.split(":")[0], math.prod(fastest.mesh.values())
 kind = f"{chip}-{2 * chips}" if chip in ("v4", "v5p") else f"{chip}-{chips}"
 kind = kind.replace("v5e", "v5litepod")
+clone_from = REPOSITORY or "REPOSITORY"  # the address or folder of the repository
 print(f"""gcloud compute tpus tpu-vm create pod --zone ZONE --accelerator-type {kind} \\
     --version RUNTIME
 gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
-    git clone https://github.com/moekit/moekit && cd moekit &&
+    git clone {clone_from} moekit && cd moekit &&
     python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
     cd moekit && .venv/bin/moekit train --preset {fastest.preset} --mesh {axes} \\

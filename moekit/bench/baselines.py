@@ -50,8 +50,7 @@ def peers(
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"bench peers compares with transformers on torch ({error}): "
-            "pip install 'moekit[parity]'"
+            f'bench peers compares with transformers on torch ({error}): pip install -e ".[parity]"'
         ) from error
     # XLA takes every processor that the process may use
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -39,7 +39,7 @@ def report() -> dict:
     missing = [f"{p}: pip install {p}" for p, version in versions.items() if version is None]
     extras = {p: _version(p) for p in OPTIONAL}
     missing += [
-        f"{p} (optional): pip install 'moekit[{OPTIONAL[p]}]'" for p, v in extras.items() if not v
+        f'{p} (optional): pip install -e ".[{OPTIONAL[p]}]"' for p, v in extras.items() if not v
     ]
     folder = os.environ.get("MOEKIT_DATA")
     found, absent = [], []

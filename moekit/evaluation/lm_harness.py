@@ -26,7 +26,7 @@ try:
     from lm_eval.utils import make_table  # noqa: F401 (for the command line)
 except ModuleNotFoundError as error:
     raise OSError(
-        f"the lm-evaluation-harness is not installed ({error}): pip install 'moekit[eval]'"
+        f'the lm-evaluation-harness is not installed ({error}): pip install -e ".[eval]"'
     ) from None
 
 log = logging.getLogger("moekit")

@@ -310,7 +310,7 @@ def _compile(request: Request) -> dict[str, Any]:
     except Exception as error:
         if "libtpu" in str(error).lower() or "find" in str(error).lower():
             raise ValueError(
-                "planning needs the TPU compiler, which needs no TPU: pip install 'moekit[tpu]' "
+                'planning needs the TPU compiler, which needs no TPU: pip install -e ".[tpu]" '
                 f"({str(error).splitlines()[0][:150]})"
             ) from None
         known = ", ".join(CHIPS[name].slices)

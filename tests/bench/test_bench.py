@@ -77,7 +77,7 @@ def test_without_torch_one_line_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["bench", "peers"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install 'moekit[parity]'" in error
+    assert error.count("\n") == 1 and 'pip install -e ".[parity]"' in error
 
 
 def test_flags_that_a_benchmark_lacks_are_refused(capsys):
