@@ -27,8 +27,7 @@ from moekit.config import ModelConfig, TrainConfig, preset
 from moekit.data.batch import batches, unigram_entropy
 from moekit.data.flan import flan_mixture
 from moekit.data.mixture import Formats, Mixture
-from moekit.data.sources import corpus as open_corpus
-from moekit.data.sources import data_dir
+from moekit.data.sources import corpus as open_corpus, data_dir
 from moekit.data.span_corruption import Corpus
 from moekit.data.suites import suite
 from moekit.data.tasks import Task

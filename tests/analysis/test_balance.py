@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import moekit as mk
-from moekit.analysis import balance as b
-from moekit.analysis import specialization as s
+from moekit.analysis import balance as b, specialization as s
 from moekit.analysis.trace import RouterTrace, StackTrace, text_prompts
 from moekit.data.span_corruption import Corpus, Document
 

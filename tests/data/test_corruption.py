@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.data.span_corruption import Corpus, Document, chunk_length, restore, span_corruption
 from moekit.data.tokenizer import EOS, ByteTokenizer

@@ -3,8 +3,7 @@
 import logging
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.data.decontaminate import overlapping
 from moekit.data.suites import Suite

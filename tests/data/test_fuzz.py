@@ -13,8 +13,7 @@ import time
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moekit.data.check import check
 from moekit.data.mirror import Mirror

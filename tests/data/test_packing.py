@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.data.packing import OPEN_ROWS, WINDOW, Packer, propose_lengths
 from moekit.data.span_corruption import Corpus, Document

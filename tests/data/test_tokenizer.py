@@ -2,8 +2,7 @@ import pickle
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.data.batch import tokenize_prompt
 from moekit.data.flan import flan_mixture
