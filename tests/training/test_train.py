@@ -19,8 +19,6 @@ from moekit.data.span_corruption import Corpus, Document
 from moekit.sharding import AXES
 from moekit.training.checkpoint import Checkpoints
 from moekit.training.loop import NonFiniteLoss, _Trainer, token_losses
-from moekit.training.optim import make_optimizer, schedule
-from moekit.training.step import compiled_step
 
 TEXT = Corpus(
     "text", lambda split: [Document(f"{split} {i} is followed by {i + 1}. " * 3) for i in range(90)]
@@ -206,36 +204,6 @@ def test_divergence_is_reported():
         mk.train(model(), TEXT, CONFIG.replace(steps=40, learning_rate=1e30, save_every=0))
 
 
-def test_schedules():
-    base = TrainConfig(steps=100, learning_rate=2.0, warmup_steps=10)
-    ends = {"constant": 2.0, "cosine": 0.0, "linear": 0.0, "rsqrt": 2.0 * (10 / 100) ** 0.5}
-    for name, end in ends.items():
-        rate = schedule(base.replace(schedule=name))
-        assert float(rate(0)) == 0 and float(rate(5)) == pytest.approx(1.0)
-        assert float(rate(10)) == pytest.approx(2.0)
-        assert float(rate(100)) == pytest.approx(end, abs=1e-6)
-
-
-def test_adafactor_acts_on_each_layer_alone():
-    rng = np.random.default_rng(0)
-    stacked = rng.normal(size=(3, 256, 128)).astype(np.float32)
-    grads = (
-        rng.normal(size=stacked.shape).astype(np.float32) * np.array([1, 10, 100])[:, None, None]
-    )
-    config = TrainConfig(learning_rate=1e-2)
-
-    def update(name, value, grad):
-        params = {name: {"w": jnp.asarray(value)}}
-        optimizer = make_optimizer(config, params)
-        grad = {name: {"w": jnp.asarray(grad, jnp.float32)}}
-        return optimizer.update(grad, optimizer.init(params), params)[0][name]["w"]
-
-    together = update("blocks", stacked, grads)
-    for i in range(3):
-        alone = update("embedding", stacked[i], grads[i])
-        np.testing.assert_allclose(together[i], alone, rtol=1e-5)
-
-
 def test_metrics_survive_a_cut_line_and_draw(tmp_path):
     run = mk.train(model(), TEXT, CONFIG, workdir=tmp_path, eval_source=TEXT)
     path = tmp_path / "metrics.jsonl"
@@ -282,23 +250,6 @@ def test_one_program_serves_all_steps():
     for _ in range(3):
         trainer.advance()
     assert trainer.step.update._cache_size() == 1
-
-
-def test_optimizer_state_lies_where_its_parameter_does():
-    mesh = mk.make_mesh(data=2, expert=2, model=2)
-    cfg = mk.preset("st-nano").replace(d_model=256, d_ff=512, expert_d_ff=256)
-    model = nnx.eval_shape(lambda: mk.EncoderDecoder(cfg, mesh=mesh))
-    step = compiled_step(model, CONFIG)
-    found = {
-        (leaf.shape, tuple(leaf.sharding.spec))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(step.opt_state)[0]
-        if "v_row" in str(path) and "wi_edf" in str(path) and leaf.ndim > 1
-    }
-    # experts [layers, 8, 256, 256] live on expert, data and model; a row's average has no last axis
-    (shape, spec), *_ = found
-    assert shape == (1, 8, 256) and spec[:2] == (None, "expert") and len(found) == 1
-    up = step.params["encoder"]["blocks"][1]["moe"]["experts"]["wi_edf"]
-    assert tuple(up.get_value().sharding.spec) == (None, "expert", "data", "model")
 
 
 def test_stream_is_a_function_of_seed_and_step():
