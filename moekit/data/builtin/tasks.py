@@ -1,8 +1,8 @@
 """The embedded default: text and tasks that need neither network nor files.
 
-Held out whole are "description matching", "text selection" and "cloze", where what the held-in
-tasks teach (find in the text what the question is about) can help a tiny model, and "state
-tracking", where it should stay at chance. Every object falls into one split by the hash of its
+Four clusters are held out completely. In "description matching", "text selection" and "cloze", what
+the held-in tasks teach (find in the text what the question is about) can help a tiny model; in
+"state tracking" it should stay at chance. Every object falls into one split by the hash of its
 text.
 """
 
@@ -11,237 +11,306 @@ import re
 import unicodedata
 import zoneinfo
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 
-from moekit.data.builtin import generators as g
-from moekit.data.builtin.entries import Entry, entries, split_of
+from moekit.data.builtin import generators
+from moekit.data.builtin.entries import Entry, entries, sources_digest, split_of
+from moekit.data.cache import cached_json
 from moekit.data.span_corruption import Corpus, Document
 from moekit.data.tasks import WORDINGS, Example, Task, Template, stable_random, templates
 
-SIZE = 1500  # objects of a real task before they are split
-GENERATED = 5000  # of a generated one: fewer are learned by heart in the tour
-ASKED = 250  # questions of a generated task in "valid" and "test" each
-MIN_TEXT = 160  # characters of a document
+SPLITS = ("train", "valid", "test")
+MAX_OBJECTS = 1500  # of a task on real text, before they are split
+NUM_GENERATED = 5000  # exercises of a generated task: with fewer, the tour's models memorize them
+MAX_QUESTIONS = 250  # of a generated task in "valid" and "test" each
+MIN_CHARACTERS = 160  # of a document
 
 HELD_OUT = ("description matching", "text selection", "cloze", "state tracking")
-_INVERTED = templates("builtin", target="{x}")
-Objects = list[tuple[str, Example]]  # with the key whose hash decides the split
-
-
-def _example(name: str, key: str, fields: dict, answer: str, wrong: Sequence[str], **kw) -> Example:
-    options = [answer, *wrong]
-    stable_random(name, key, "options").shuffle(options)
-    return Example(f"{name}/{key}", fields, answer, options=tuple(options), **kw)
-
-
-def _generated(name: str, make: Callable) -> Objects:
-    objects = {}
-    for i in range(GENERATED):
-        fields, answer, wrong, rationale = make(stable_random(name, i))
-        key = " ".join(fields.values())
-        objects[key] = _example(
-            name, key, fields, answer, wrong, rationale=rationale, domain="generated"
-        )
-    return list(objects.items())
-
-
-def _choices(name: str, pairs: Sequence[tuple[str, str, str, str]], wrong: int = 3) -> Objects:
-    """Pairs (key, question, answer, domain); wrong options are other answers of the same split.
-
-    Of equal questions only the first is kept, or one could be in two splits.
-    """
-    first: dict[str, tuple] = {}
-    for pair in pairs:
-        first.setdefault(pair[1], pair)
-    pairs = list(first.values())
-    by_split: dict[str, list[str]] = {}
-    for key, _, answer, _ in pairs:
-        by_split.setdefault(split_of(key), []).append(answer)
-    pools = {split: sorted(set(answers)) for split, answers in by_split.items()}
-    objects = []
-    for key, question, answer, domain in pairs:
-        others = [a for a in pools[split_of(key)] if a != answer]
-        if len(others) >= wrong:
-            rng, fields = stable_random(name, question), {"x": question}
-            drawn = rng.sample(others, min(len(others), 4 * wrong))
-            apart = [a for a in drawn if a not in question and question not in a][:wrong]
-            if len(apart) == wrong:
-                objects.append(
-                    (key, _example(name, question, fields, answer, apart, domain=domain))
-                )
-    return objects
-
-
-def _documented(kind: str, low: int = 20, high: int = 100) -> list[Entry]:
-    """Objects of a kind with a short summary that does not give the name away whole."""
-    found, names = [], set()
-    for entry in entries():
-        fits = low <= len(entry.summary) <= high and 3 < len(entry.name) <= 24
-        given = entry.name.lower() in entry.summary.lower()
-        if entry.kind == kind and fits and not given and entry.name not in names:
-            names.add(entry.name)
-            found.append(entry)
-    return sorted(found, key=lambda e: stable_random(e.text).random())[:SIZE]
-
-
-def _by_summary(kind: str) -> Callable[[str], Objects]:
-    def make(name: str) -> Objects:
-        return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in _documented(kind)])
-
-    return make
-
-
-def _module_names(name: str) -> Objects:
-    modules = [e for e in entries() if e.kind == "module" and 15 <= len(e.summary) <= 100]
-    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in modules[:SIZE]])
-
-
-def _topic_titles(name: str) -> Objects:
-    """Paragraphs fall where their topic does; those of several topics are left out."""
-    topics = [entry for entry in entries() if entry.kind == "topic"]
-    paragraphs = [[" ".join(p.split())[:120] for p in e.text.split("\n\n")] for e in topics]
-    count = Counter(text for texts in paragraphs for text in set(texts))
-    pairs = []
-    for entry, texts in zip(topics, paragraphs, strict=True):
-        own = [text for text in texts if len(text) >= 40 and count[text] == 1]
-        for text in own[:10]:  # alike for all, or a few long topics would dominate
-            pairs.append((entry.text, text, entry.name[:40], entry.domain))
-    return _choices(name, pairs)
-
-
-def _sentences(name: str) -> Objects:
-    """A rare word of a summary asks for the summary, among others that do not have it."""
-    pairs = []
-    for entry in _documented("function", 30, 90):
-        words = re.findall(r"\b[a-z]{5,}\b", entry.summary)
-        if words:
-            pairs.append((entry.text, max(words, key=len), entry.summary, entry.domain))
-    count = Counter(pair[1] for pair in pairs)
-    return _choices(name, [pair for pair in pairs if count[pair[1]] == 1])
-
-
-def _text_words(name: str) -> Objects:
-    """A word of a summary; the others are words of other summaries."""
-    pairs = []
-    for entry in entries():
-        words = re.findall(r"\b[a-z]{4,}\b", entry.summary[:150])
-        if len(words) > 2:
-            word = stable_random(name, entry.text).choice(words)
-            pairs.append((entry.text, entry.summary[:150], word, entry.domain))
-    pairs.sort(key=lambda pair: stable_random(pair[0]).random())
-    return _choices(name, pairs[:GENERATED])
-
-
-def _gaps(name: str) -> Objects:
-    """A word that a text says twice, hidden the second time; the others do not occur in it."""
-    pairs = []
-    for entry in entries():
-        text = " ".join(entry.text.split())[:200]
-        words = re.findall(r"\b[a-z]{5,}\b", text)
-        again = [w for w in dict.fromkeys(words) if words.count(w) == 2]
-        if entry.kind in ("function", "class") and again:
-            word = again[0]
-            at = text.index(word, text.index(word) + len(word))
-            hidden = f"{text[:at]}___{text[at + len(word) :]}".rpartition(" ")[0]
-            pairs.append((entry.text, hidden, word, entry.domain))
-    pairs.sort(key=lambda pair: stable_random(pair[0]).random())
-    return _choices(name, pairs[:SIZE])
-
-
-def _owners(name: str) -> Objects:
-    packages: dict[str, list[Entry]] = {}
-    for entry in entries():
-        if entry.kind == "function" and len(entry.name) > 5:
-            packages.setdefault(entry.domain, []).append(entry)
-    pairs = [
-        (entry.text, entry.name, package, package)
-        for package, members in sorted(packages.items())
-        for entry in members[: SIZE // 5]  # alike for all, so that no answer is the common one
-    ]
-    return _choices(name, pairs)
-
-
-def _statuses(name: str) -> Objects:
-    return _choices(name, [(str(s.value), str(s.value), s.phrase, "http") for s in http.HTTPStatus])
-
-
-def _characters(name: str) -> Objects:
-    pairs = []
-    for code in (*range(0x21, 0x250), *range(0x370, 0x530), *range(0x2190, 0x2300)):
-        title = unicodedata.name(chr(code), "")
-        visible = unicodedata.category(chr(code))[0] in "LSP"
-        if title and visible and len(title) < 60:
-            pairs.append((title, title.lower(), chr(code), "unicode"))
-    return _choices(name, pairs)
-
-
-def _zones(name: str) -> Objects:
-    regions = ("Africa", "America", "Asia", "Australia", "Europe", "Pacific")
-    pairs = []
-    for zone in sorted(zoneinfo.available_timezones()):
-        region, _, place = zone.partition("/")
-        if region in regions and place and "/" not in place:
-            pairs.append((zone, place.replace("_", " "), region, "zones"))
-    return _choices(name, pairs)
-
-
-_REAL: dict[str, Callable[[str], Objects]] = {
-    "topic_title": _topic_titles,
-    "module_name": _module_names,
-    "owner_package": _owners,
-    "http_status": _statuses,
-    "unicode_name": _characters,
-    "zone_region": _zones,
-    "function_name": _by_summary("function"),
-    "class_name": _by_summary("class"),
-    "text_word": _text_words,
-    "sentence_with": _sentences,
-    "gap_word": _gaps,
-}
-
-
-@lru_cache(maxsize=64)
-def _objects(name: str) -> tuple[tuple[str, Example], ...]:
-    make = _REAL.get(name)
-    return tuple(make(name) if make else _generated(name, getattr(g, name)))
-
-
-def _load(name: str, split: str) -> list[Example]:
-    part, generated = split, name not in _REAL
-    if generated and WORDINGS["builtin"][name]["cluster"] in HELD_OUT:
-        # never trained on: few exemplars and many questions, so the two parts swap roles
-        part = {"train": "test", "test": "train"}.get(split, split)
-    found = [example for key, example in _objects(name) if split_of(key) == part]
-    return found[:ASKED] if generated and split != "train" else found
-
-
-@lru_cache(maxsize=1)
-def builtin_tasks() -> dict[str, Task]:
-    """All embedded tasks by name; `task.held_out` tells which clusters are never trained on."""
-    tasks = {}
-    for name, asked in WORDINGS["builtin"].items():
-        cluster, generated = asked["cluster"], name not in _REAL
-        tasks[name] = Task(
-            name,
-            cluster,
-            lambda split, name=name: _load(name, split),
-            tuple(map(Template, asked["wordings"])),
-            inverted=_INVERTED if generated else (),
-            held_out=cluster in HELD_OUT,
-        )
-    return tasks
-
-
-def _documents(split: str) -> list[Document]:
-    return [
-        Document(entry.text, f"{entry.module}.{entry.name}", entry.domain)
-        for entry in entries()
-        if entry.split == split and len(entry.text) >= MIN_TEXT
-    ]
+INVERTED = templates("builtin", target="{x}")
+KeyedExample = tuple[str, Example]  # the hash of the key determines the split
 
 
 @lru_cache(maxsize=1)
 def builtin_corpus() -> Corpus:
     """The embedded text; its domains are the packages and the language reference."""
     return Corpus("builtin", _documents)
+
+
+def _documents(split: str) -> list[Document]:
+    documents = []
+    for entry in entries():
+        if entry.split == split and len(entry.text) >= MIN_CHARACTERS:
+            documents.append(Document(entry.text, f"{entry.module}.{entry.name}", entry.domain))
+    return documents
+
+
+@lru_cache(maxsize=1)
+def builtin_tasks() -> dict[str, Task]:
+    """All embedded tasks by name; `task.held_out` marks those that are never trained on."""
+    tasks = {}
+    for name, description in WORDINGS["builtin"].items():
+        cluster = description["cluster"]
+        tasks[name] = Task(
+            name=name,
+            cluster=cluster,
+            load=partial(_load, name),
+            templates=tuple(Template(text) for text in description["wordings"]),
+            inverted=() if name in _REAL else INVERTED,
+            held_out=cluster in HELD_OUT,
+        )
+    return tasks
+
+
+def _load(name: str, split: str) -> list[Example]:
+    """The examples of a split: made once for each installation, then read from the cache."""
+    rows = _all_rows(name)[split]
+    examples = []
+    for identity, fields, answer, options, rationale, domain in rows:
+        example = Example(
+            id=identity,
+            fields=fields,
+            answer=answer,
+            options=tuple(options),
+            rationale=rationale,
+            domain=domain,
+        )
+        examples.append(example)
+    return examples
+
+
+@lru_cache(maxsize=64)
+def _all_rows(name: str) -> dict[str, list]:
+    """The rows of every split of a task."""
+    return cached_json(f"builtin-{sources_digest()}/{name}", partial(_make_rows, name))
+
+
+def _make_rows(name: str) -> dict[str, list]:
+    generated = name not in _REAL
+    keyed_examples = _generated(name) if generated else _REAL[name](name)
+    by_split: dict[str, list] = {split: [] for split in SPLITS}
+    for key, example in keyed_examples:
+        by_split[split_of(key)].append(_row(example))
+    if not generated:
+        return by_split
+    if WORDINGS["builtin"][name]["cluster"] in HELD_OUT:
+        # never trained on: "train" needs only a few exemplars, "test" many questions
+        by_split["train"], by_split["test"] = by_split["test"], by_split["train"]
+    for split in ("valid", "test"):
+        by_split[split] = by_split[split][:MAX_QUESTIONS]
+    return by_split
+
+
+def _row(example: Example) -> tuple:
+    options = example.options
+    return example.id, example.fields, example.answer, options, example.rationale, example.domain
+
+
+def _example(
+    name: str,
+    key: str,
+    fields: dict[str, str],
+    answer: str,
+    wrong: Sequence[str],
+    domain: str,
+    rationale: str = "",
+) -> Example:
+    options = [answer, *wrong]
+    stable_random(name, key, "options").shuffle(options)
+    return Example(
+        id=f"{name}/{key}",
+        fields=fields,
+        answer=answer,
+        options=tuple(options),
+        rationale=rationale,
+        domain=domain,
+    )
+
+
+def _generated(name: str) -> list[KeyedExample]:
+    generate = getattr(generators, name)
+    examples = {}
+    for index in range(NUM_GENERATED):
+        fields, answer, wrong, rationale = generate(stable_random(name, index))
+        key = " ".join(fields.values())
+        examples[key] = _example(name, key, fields, answer, wrong, "generated", rationale)
+    return list(examples.items())
+
+
+def _choices(
+    name: str, questions: Iterable[tuple[str, str, str, str]], num_wrong: int = 3
+) -> list[KeyedExample]:
+    """Multiple-choice examples of (key, question, answer, domain).
+
+    Wrong options are other answers of the same split. Of equal questions only the first is kept,
+    or one could be in two splits.
+    """
+    first: dict[str, tuple[str, str, str, str]] = {}
+    for each in questions:
+        first.setdefault(each[1], each)
+    answers: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for key, _, answer, _ in first.values():
+        answers[split_of(key)].add(answer)
+    pools = {split: sorted(found) for split, found in answers.items()}
+    examples = []
+    for key, question, answer, domain in first.values():
+        others = [other for other in pools[split_of(key)] if other != answer]
+        if len(others) < num_wrong:
+            continue
+        drawn = stable_random(name, question).sample(others, min(len(others), 4 * num_wrong))
+        apart = [other for other in drawn if other not in question and question not in other]
+        if len(apart) < num_wrong:
+            continue
+        fields = {"x": question}
+        example = _example(name, question, fields, answer, apart[:num_wrong], domain)
+        examples.append((key, example))
+    return examples
+
+
+def _summarized(kind: str, shortest: int = 20, longest: int = 100) -> list[Entry]:
+    """Objects of a kind with a short summary that does not contain the name."""
+    found: dict[str, Entry] = {}
+    for entry in entries():
+        if entry.kind != kind or not 3 < len(entry.name) <= 24:
+            continue
+        fits = shortest <= len(entry.summary) <= longest
+        revealed = entry.name.lower() in entry.summary.lower()
+        if fits and not revealed:
+            found.setdefault(entry.name, entry)
+    mixed = sorted(found.values(), key=lambda entry: stable_random(entry.text).random())
+    return mixed[:MAX_OBJECTS]
+
+
+def _function_names(name: str) -> list[KeyedExample]:
+    functions = _summarized("function")
+    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in functions])
+
+
+def _class_names(name: str) -> list[KeyedExample]:
+    classes = _summarized("class")
+    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in classes])
+
+
+def _module_names(name: str) -> list[KeyedExample]:
+    modules = [e for e in entries() if e.kind == "module" and 15 <= len(e.summary) <= 100]
+    modules = modules[:MAX_OBJECTS]
+    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in modules])
+
+
+def _topic_titles(name: str) -> list[KeyedExample]:
+    """Paragraphs of the language reference and their topic.
+
+    A paragraph is in its topic's split; those of several topics are left out.
+    """
+    paragraphs: list[tuple[Entry, list[str]]] = []
+    topics_of_text: Counter[str] = Counter()
+    for entry in entries():
+        if entry.kind == "topic":
+            texts = [" ".join(text.split())[:120] for text in entry.text.split("\n\n")]
+            paragraphs.append((entry, texts))
+            topics_of_text.update(set(texts))
+    questions = []
+    for entry, texts in paragraphs:
+        own = [text for text in texts if len(text) >= 40 and topics_of_text[text] == 1]
+        for text in own[:10]:  # the same number for all, or a few long topics would dominate
+            questions.append((entry.text, text, entry.name[:40], entry.domain))
+    return _choices(name, questions)
+
+
+def _sentences(name: str) -> list[KeyedExample]:
+    """Which summary contains a rare word; the wrong options do not contain it."""
+    questions = []
+    for entry in _summarized("function", 30, 90):
+        words = re.findall(r"\b[a-z]{5,}\b", entry.summary)
+        if words:
+            longest_word = max(words, key=len)
+            questions.append((entry.text, longest_word, entry.summary, entry.domain))
+    count = Counter(word for _, word, _, _ in questions)
+    return _choices(name, [question for question in questions if count[question[1]] == 1])
+
+
+def _text_words(name: str) -> list[KeyedExample]:
+    """Which word occurs in a summary; the wrong options are words of other summaries."""
+    questions = []
+    for entry in entries():
+        text = entry.summary[:150]
+        words = re.findall(r"\b[a-z]{4,}\b", text)
+        if len(words) > 2:
+            word = stable_random(name, entry.text).choice(words)
+            questions.append((entry.text, text, word, entry.domain))
+    return _choices(name, _in_random_order(questions)[:NUM_GENERATED])
+
+
+def _gaps(name: str) -> list[KeyedExample]:
+    """Which word fills a gap: one that occurs before the gap, unlike the wrong options."""
+    questions = []
+    for entry in entries():
+        text = " ".join(entry.text.split())[:200]
+        words = re.findall(r"\b[a-z]{5,}\b", text)
+        repeated = [word for word in dict.fromkeys(words) if words.count(word) == 2]
+        if entry.kind in ("function", "class") and repeated:
+            word = repeated[0]
+            second = text.index(word, text.index(word) + len(word))
+            before, after = text[:second], text[second + len(word) :]
+            hidden = f"{before}___{after}".rpartition(" ")[0]
+            questions.append((entry.text, hidden, word, entry.domain))
+    return _choices(name, _in_random_order(questions)[:MAX_OBJECTS])
+
+
+def _in_random_order(questions: list[tuple[str, str, str, str]]) -> list[tuple]:
+    return sorted(questions, key=lambda question: stable_random(question[0]).random())
+
+
+def _owners(name: str) -> list[KeyedExample]:
+    """Which package a function belongs to."""
+    packages: dict[str, list[Entry]] = {}
+    for entry in entries():
+        if entry.kind == "function" and len(entry.name) > 5:
+            packages.setdefault(entry.domain, []).append(entry)
+    questions = []
+    for package, functions in sorted(packages.items()):
+        # the same number for all, so that no answer is the most frequent one
+        for entry in functions[: MAX_OBJECTS // 5]:
+            questions.append((entry.text, entry.name, package, package))
+    return _choices(name, questions)
+
+
+def _statuses(name: str) -> list[KeyedExample]:
+    codes = [(str(status.value), status.phrase) for status in http.HTTPStatus]
+    return _choices(name, [(code, code, phrase, "http") for code, phrase in codes])
+
+
+def _characters(name: str) -> list[KeyedExample]:
+    questions = []
+    for code in (*range(0x21, 0x250), *range(0x370, 0x530), *range(0x2190, 0x2300)):
+        character = chr(code)
+        title = unicodedata.name(character, "")
+        visible = unicodedata.category(character)[0] in "LSP"
+        if title and visible and len(title) < 60:
+            questions.append((title, title.lower(), character, "unicode"))
+    return _choices(name, questions)
+
+
+def _zones(name: str) -> list[KeyedExample]:
+    regions = ("Africa", "America", "Asia", "Australia", "Europe", "Pacific")
+    questions = []
+    for zone in sorted(zoneinfo.available_timezones()):
+        region, _, place = zone.partition("/")
+        if region in regions and place and "/" not in place:
+            questions.append((zone, place.replace("_", " "), region, "zones"))
+    return _choices(name, questions)
+
+
+_REAL: dict[str, Callable[[str], list[KeyedExample]]] = {
+    "topic_title": _topic_titles,
+    "module_name": _module_names,
+    "owner_package": _owners,
+    "http_status": _statuses,
+    "unicode_name": _characters,
+    "zone_region": _zones,
+    "function_name": _function_names,
+    "class_name": _class_names,
+    "text_word": _text_words,
+    "sentence_with": _sentences,
+    "gap_word": _gaps,
+}
