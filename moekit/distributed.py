@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from moekit.sharding import BATCH, row_shards
+from moekit.sharding import BATCH_SPEC, batch_shards
 
 
 def start(
@@ -134,8 +134,8 @@ def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
     """
     if mesh is None:
         return 0, 1
-    shards, held = row_shards(mesh), {}
-    for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
+    shards, held = batch_shards(mesh), {}
+    for device, (rows,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(part)) for part in held.values()})
     if len({*map(len, parts)}) > 1 or sum(map(len, parts)) != shards:
@@ -150,5 +150,5 @@ def join_rows(batch, mesh: Mesh | None):
     """A tree of arrays of all rows, on the devices, of each process's part of them."""
     if mesh is None:
         return jax.device_put(batch)
-    rows = NamedSharding(mesh, BATCH)
+    rows = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)

@@ -1,58 +1,69 @@
-"""Devices in a mesh, and where each parameter lives on it.
+"""The device mesh, and how parameters and batches are sharded over it.
 
-Parameters carry logical axis names ("embed", "expert", ..); `Sharding` says which mesh axes split
-them. Only this module knows both. Mesh axes: data, expert, model.
+The mesh has three axes: "data", "expert" and "model". Rows of a batch are sharded over data and
+expert. Every parameter names its dimensions ("embed", "expert", ..), and `Sharding` lists the mesh
+axes over which a dimension of each name is sharded. Only this module knows both kinds of axes.
 """
 
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, Shaped
 
-AXES = ("data", "expert", "model")
-ROW_AXES = ("data", "expert")  # the rows of a batch are split over both
-BATCH = PartitionSpec(ROW_AXES)
-# jax's own ambient mesh cannot be set while tracing, as under nnx.eval_shape
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+MESH_AXES = ("data", "expert", "model")
+BATCH_AXES = ("data", "expert")
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
+# not jax.set_mesh, which fails inside a trace such as nnx.eval_shape
+_CURRENT_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Mesh axes for each logical axis of a parameter; dense ones are fully sharded."""
+    """The mesh axes that shard each named dimension; dense parameters are fully sharded (FSDP)."""
 
     expert: tuple[str, ...] = ("expert",)
     mlp: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("model",)
     vocab: tuple[str, ...] = ("model",)
-    embed: tuple[str, ...] = ("expert", "data")  # see `gathered` for the order
+    embed: tuple[str, ...] = ("expert", "data")  # `gather_steps` explains the order
     layers: tuple[str, ...] = ()
 
-    def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh):
-        """PartitionSpec of an array: every mesh axis at most once, only where it divides."""
-        used: set[str] = set()
+    def spec(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
+    ) -> PartitionSpec:
+        """PartitionSpec of an array whose dimensions are named `axes`.
+
+        A mesh axis shards at most one dimension, and only if it divides that dimension.
+        """
         entries: list[tuple[str, ...] | None] = [None] * len(shape)
-        # "embed" goes last: it takes whichever mesh axes the others left
-        for i in sorted(range(len(shape)), key=lambda i: axes[i] == "embed"):
-            wanted = getattr(self, axes[i]) if axes[i] else ()
-            names = tuple(n for n in wanted if n not in used and mesh.shape[n] > 1)
-            if names and shape[i] % math.prod(mesh.shape[n] for n in names) == 0:
-                entries[i] = names
-                used.update(names)
+        used: set[str] = set()
+        # "embed" comes last: it takes the mesh axes that the other dimensions leave
+        dimensions = sorted(range(len(shape)), key=lambda dimension: axes[dimension] == "embed")
+        for dimension in dimensions:
+            name = axes[dimension]
+            wanted = getattr(self, name) if name else ()
+            free = tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
+            num_shards = math.prod(mesh.shape[axis] for axis in free)
+            if free and shape[dimension] % num_shards == 0:
+                entries[dimension] = free
+                used.update(free)
         return PartitionSpec(*entries)
 
 
 def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Mesh:
     """A mesh of all devices with axes data, expert and model; leftover devices go to data.
 
-    On a machine with only a CPU whose backend has not started yet, as many virtual CPU devices are
-    made as the mesh asks for, so that sharded code runs, slowly, anywhere.
+    On a machine that only has a CPU, and before jax has started, this creates as many virtual CPU
+    devices as the mesh needs, so that sharded code runs (slowly) anywhere.
 
     Raises:
       ValueError: the sizes do not divide the device count.
@@ -60,155 +71,103 @@ def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Me
     for name, size in (("data", data), ("expert", expert), ("model", model)):
         if size is not None and size < 1:
             raise ValueError(f"make_mesh({name}={size}): mesh axes have at least one device")
-    wanted = (data or 1) * expert * model
-    _virtual_cpu_devices(wanted)
-    devices = jax.device_count()
-    leftover, rest = divmod(devices, expert * model)
-    if rest or (data or leftover) * expert * model != devices:
-        fits = [n for n in range(1, devices + 1) if devices % n == 0]
+    needed = (data or 1) * expert * model
+    _create_virtual_cpu_devices(needed)
+    num_devices = jax.device_count()
+    leftover, remainder = divmod(num_devices, expert * model)
+    if remainder or (data or leftover) * expert * model != num_devices:
+        divisors = ", ".join(str(size) for size in _divisors(num_devices))
         raise ValueError(
             f"a mesh of data={data or 'rest'}, expert={expert}, model={model} does not fill "
-            f"{devices} {jax.default_backend()} device(s): choose sizes whose product divides "
-            f"{devices} ({', '.join(map(str, fits))}); on a CPU call make_mesh before any other "
-            f"use of jax, or start with JAX_NUM_CPU_DEVICES={wanted}"
+            f"{num_devices} {jax.default_backend()} device(s): choose sizes whose product divides "
+            f"{num_devices} ({divisors}); on a CPU call make_mesh before any other "
+            f"use of jax, or start with JAX_NUM_CPU_DEVICES={needed}"
         )
-    return jax.make_mesh((leftover, expert, model), AXES, axis_types=(AxisType.Auto,) * 3)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((leftover, expert, model), MESH_AXES, axis_types=axis_types)
 
 
-def _virtual_cpu_devices(count: int) -> None:
-    """Ask for `count` CPU devices while that is still possible and nobody has asked otherwise."""
-    if count == 1 or jax.config.jax_num_cpu_devices > 1 or jax.distributed.is_initialized():
+def _create_virtual_cpu_devices(count: int) -> None:
+    """Configure `count` CPU devices unless their number is already set or jax is distributed."""
+    already_set = jax.config.jax_num_cpu_devices > 1
+    if count == 1 or already_set or jax.distributed.is_initialized():
         return
-    # once the backend has started it is too late: the caller then reports the devices there are
+    # jax refuses once its backend has started; the caller then reports the devices that exist
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def split_rows(batch, mesh: Mesh | None):
-    """A tree of arrays with their rows split over the mesh; without one as they are."""
-    return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH))
+def check_mesh(mesh: Mesh | None, owner: str, *, experts: int = 0, **model_sizes: int) -> None:
+    """Check that the mesh divides a model's sizes.
 
+    Args:
+      owner: the model or layer that the error message names.
+      experts: number of experts, which the expert axis must divide; 0 if there are none.
+      model_sizes: named sizes, each of which the model axis must divide (heads, hidden features).
 
-def variable_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
-    """Where a parameter lives, from the logical axes that `param` gave it; one that a scan has
-    stripped of its leading axes is recognised by its rank."""
-    shape = variable.shape
-    return Sharding().spec(shape, variable.axes[len(variable.axes) - len(shape) :], mesh)
-
-
-def check_mesh(mesh: Mesh | None, what: str, *, experts: int = 0, **model: int) -> None:
-    """ValueError, with the sizes that would do, if the expert axis does not divide the experts or
-    the model axis not every one of the other sizes (heads, hidden features; 0: there is none)."""
+    Raises:
+      ValueError: a size is not divisible; the message lists the axis sizes that are possible.
+    """
     if mesh is None:
         return
-    sizes = {"expert": {"experts": experts}, "model": model}
-    for axis, counts in sizes.items():
-        devices = mesh.shape[axis]
-        for name, count in counts.items():
-            if count % devices:
-                common = math.gcd(*counts.values())
-                fits = [n for n in range(1, common + 1) if common % n == 0]
-                raise ValueError(
-                    f"{what} has {count} {name}, which {axis}={devices} devices cannot share "
-                    f"evenly: use make_mesh({axis}=n) with n in {fits}"
-                )
+    _check_axis(mesh, "expert", {"experts": experts}, owner)
+    _check_axis(mesh, "model", model_sizes, owner)
+
+
+def _check_axis(mesh: Mesh, axis: str, sizes: dict[str, int], owner: str) -> None:
+    num_devices = mesh.shape[axis]
+    for name, size in sizes.items():
+        if size % num_devices:
+            possible = _divisors(math.gcd(*sizes.values()))
+            raise ValueError(
+                f"{owner} has {size} {name}, which {axis}={num_devices} devices cannot share "
+                f"evenly: use make_mesh({axis}=n) with n in {possible}"
+            )
 
 
 @contextlib.contextmanager
-def placed_on(mesh: Mesh | None):
-    """A context in which parameters are born, and used, sharded over a mesh."""
-    token = _MESH.set(mesh)
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """A context in which parameters are created, and used, sharded over a mesh."""
+    token = _CURRENT_MESH.set(mesh)
     try:
         yield
     finally:
-        _MESH.reset(token)
-
-
-def on_rows(function: Callable, dtype, x: Shaped[Array, "B *S"], *parameters: nnx.Variable):
-    """function(x, *arrays of the parameters), each device on its rows.
-
-    The parameters, in a compute type, are gathered over the axes that split rows just before use
-    and their gradients come back by reduce-scatter, both stated here because XLA, left alone, may
-    choose all-reduces of twice the bytes. How the model axis splits them is left to XLA. Rows that
-    the mesh does not divide are left to it altogether.
-    """
-    mesh, values = _MESH.get(), [p[...].astype(dtype) for p in parameters]
-    if mesh is None or x.shape[0] % row_shards(mesh):
-        return function(x, *values)
-    specs = [rows_only(variable_spec(p, mesh)) for p in parameters]
-
-    def local(x, *values):
-        axes = varying(x)
-        values = [vary(gathered(v, spec), axes) for v, spec in zip(values, specs, strict=True)]
-        return function(x, *values)
-
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(BATCH, *specs),
-        out_specs=BATCH,
-        axis_names={*ROW_AXES},
-    )
-    return split(x, *values)
-
-
-def rows_only(spec: PartitionSpec, kept: tuple[str, ...] = ROW_AXES) -> PartitionSpec:
-    """A spec without the mesh axes that are not kept."""
-    return PartitionSpec(*(tuple(n for n in _names(entry) if n in kept) for entry in spec))
-
-
-def gathered(value: Array, spec: PartitionSpec) -> Array:
-    """A parameter's part made whole, inside shard_map, over the axes in its spec.
-
-    First over data, which a spec names last: the parts are small then, and a gather over all of a
-    slice at once would run as an all-reduce on TPUs.
-    """
-    for axis in ROW_AXES:
-        for dim, entry in enumerate(spec):
-            if axis in _names(entry):
-                value = jax.lax.all_gather(value, axis, axis=dim, tiled=True)
-    return value
-
-
-def _names(entry) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def devices_of_rows() -> int:
-    """How many devices split the rows of a batch where the code runs."""
-    return row_shards(_MESH.get())
+        _CURRENT_MESH.reset(token)
 
 
 def platform(mesh: Mesh | None = None) -> str:
-    """Where traced code will run: the kind of device of a mesh (or of the one that `placed_on` has
-    set), or the default one."""
-    mesh = mesh or _MESH.get()
-    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    """Platform ("cpu", "gpu", "tpu") of a mesh, else of the current mesh, else jax's default."""
+    mesh = mesh or _CURRENT_MESH.get()
+    if mesh is None:
+        return jax.default_backend()
+    return mesh.devices.flat[0].platform
 
 
-def varying(x: Array) -> frozenset[str]:
-    """The mesh axes along which an array inside shard_map differs between devices."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+def batch_shards(mesh: Mesh | None) -> int:
+    """Number of shards of a batch: data times expert."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
 
 
-def vary(x: Array, axes: Iterable[str]) -> Array:
-    """Equal copies of x as the start of different work along some mesh axes: here, and nowhere
-    later, their cotangents are summed."""
-    missing = tuple(axis for axis in axes if axis not in varying(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+def current_batch_shards() -> int:
+    """Number of shards of a batch on the mesh that `use_mesh` has set."""
+    return batch_shards(_CURRENT_MESH.get())
 
 
-def by_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
-    """Activations with their rows split over the mesh, if it divides them, and nothing else."""
-    mesh = _MESH.get()
-    if mesh is None or x.shape[0] % row_shards(mesh):
+def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """A tree of arrays, sharded over the mesh by their leading dimension; unchanged without one."""
+    return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+
+
+def constrain_batch(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+    """Constrain activations to be sharded over the batch alone, if the mesh divides the batch."""
+    mesh = _CURRENT_MESH.get()
+    if mesh is None or x.shape[0] % batch_shards(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
 
 
 def param(
@@ -220,21 +179,122 @@ def param(
     stddev: float | None = None,
     value: float | None = None,
 ) -> nnx.Param:
-    """A float32 parameter with logical axes, born sharded over the mesh that `placed_on` sets.
+    """A float32 parameter with named dimensions, created sharded over the current mesh.
 
     Truncated normal of variance 0.1 / fan_in (Fedus 2021), or normal of `stddev`, or constant.
     """
 
-    def create(key):
+    def create(key: Key[Array, ""]) -> Array:
         if value is not None:
-            return jnp.full(shape, value, jnp.float32)  # a weak type would compile step 2 anew
+            # without the dtype the array is weakly typed and the second step compiles again
+            return jnp.full(shape, value, jnp.float32)
         if stddev is not None:
             return stddev * jax.random.normal(key, shape)
-        # .87962566 is the standard deviation of a unit normal cut at 2
-        std = math.sqrt(0.1 / fan_in) / 0.87962566103423978
-        return std * jax.random.truncated_normal(key, -2, 2, shape)
+        # .87962566 is the standard deviation of a unit normal truncated at 2
+        scale = math.sqrt(0.1 / fan_in) / 0.87962566103423978
+        return scale * jax.random.truncated_normal(key, -2, 2, shape)
 
-    if (mesh := _MESH.get()) is not None:
-        sharding = NamedSharding(mesh, Sharding().spec(shape, axes, mesh))
-        create = jax.jit(create, out_shardings=sharding)
+    mesh = _CURRENT_MESH.get()
+    if mesh is not None:
+        spec = Sharding().spec(shape, axes, mesh)
+        create = jax.jit(create, out_shardings=NamedSharding(mesh, spec))
     return nnx.Param(create(rngs.params()), axes=axes)
+
+
+def is_variable(leaf: Any) -> bool:
+    """Whether a node of a state tree is an nnx.Variable: `is_leaf` for jax.tree functions."""
+    return isinstance(leaf, nnx.Variable)
+
+
+def variable_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of a parameter from the named dimensions that `param` gave it.
+
+    Inside a scan over layers a parameter lacks its leading axes, so names count from the last.
+    """
+    shape = variable.shape
+    axes = variable.axes[len(variable.axes) - len(shape) :]
+    return Sharding().spec(shape, axes, mesh)
+
+
+def restrict_spec(spec: PartitionSpec, kept: tuple[str, ...] = BATCH_AXES) -> PartitionSpec:
+    """A spec reduced to the mesh axes in `kept`."""
+    entries = [tuple(axis for axis in _mesh_axes(entry) if axis in kept) for entry in spec]
+    return PartitionSpec(*entries)
+
+
+def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def gather_steps(
+    spec: PartitionSpec, axes: tuple[str, ...] = BATCH_AXES
+) -> tuple[tuple[str, int], ...]:
+    """The all-gathers that restore a parameter: (mesh axis, dimension) of each, in order.
+
+    First over data, which a spec names last: the shards are then still small, and one all-gather
+    over data and expert together would be compiled to an all-reduce on TPUs.
+    """
+    steps = []
+    for axis in axes:
+        for dimension, entry in enumerate(spec):
+            if axis in _mesh_axes(entry):
+                steps.append((axis, dimension))
+    return tuple(steps)
+
+
+def all_gather_parameter(shard: Array, steps: tuple[tuple[str, int], ...]) -> Array:
+    """All-gather a parameter inside shard_map; its gradient is reduce-scattered."""
+    for axis, dimension in steps:
+        shard = jax.lax.all_gather(shard, axis, axis=dimension, tiled=True)
+    return shard
+
+
+def with_gathered_parameters(
+    function: Callable[..., Array],
+    dtype: DTypeLike,
+    x: Shaped[Array, "B *S"],
+    *parameters: nnx.Variable,
+) -> Array:
+    """function(x, *values) where the batch is sharded and the parameters' values are all-gathered.
+
+    Parameters are cast to `dtype` and all-gathered over the batch axes just before use; their
+    gradients are reduce-scattered. Both are explicit because XLA may otherwise choose all-reduces
+    of twice the bytes. Sharding over the model axis is left to XLA, and so is everything for a
+    batch that the mesh does not divide.
+    """
+    mesh = _CURRENT_MESH.get()
+    values = [parameter[...].astype(dtype) for parameter in parameters]
+    if mesh is None or x.shape[0] % batch_shards(mesh):
+        return function(x, *values)
+    specs = [restrict_spec(variable_spec(parameter, mesh)) for parameter in parameters]
+
+    def per_device(x: Array, *shards: Array) -> Array:
+        axes = varying_axes(x)
+        gathered = []
+        for shard, spec in zip(shards, specs, strict=True):
+            value = all_gather_parameter(shard, gather_steps(spec))
+            gathered.append(cast_varying(value, axes))
+        return function(x, *gathered)
+
+    sharded = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(BATCH_SPEC, *specs),
+        out_specs=BATCH_SPEC,
+        axis_names=set(BATCH_AXES),
+    )
+    return sharded(x, *values)
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes over which an array inside shard_map differs between devices."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def cast_varying(x: Array, axes: Iterable[str]) -> Array:
+    """Cast a replicated array to device-varying over `axes` (jax.lax.pcast).
+
+    The gradient is psummed over these axes here, and nowhere later.
+    """
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

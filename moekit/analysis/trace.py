@@ -24,7 +24,7 @@ from moekit.distributed import to_host
 from moekit.errors import unknown
 from moekit.model.decoding import length_groups
 from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import split_rows
+from moekit.sharding import shard_batch
 
 FORMAT = 1
 
@@ -185,7 +185,7 @@ def trace_routing(
         batch = pad_pairs(chosen, input_length=size, target_length=target_length)
         fill = ((0, count - len(rows)), (0, 0))
         batch = jax.tree.map(lambda x, fill=fill: np.pad(x, fill), batch)
-        for name, routing in to_host(run(state, split_rows(batch, model.mesh))).items():
+        for name, routing in to_host(run(state, shard_batch(batch, model.mesh))).items():
             parts.setdefault(name, []).append(_tokens(name, batch, rows, routing))
     stacks = {name: _joined(each) for name, each in parts.items()}
     return RouterTrace(

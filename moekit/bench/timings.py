@@ -23,7 +23,7 @@ from moekit.model.transformer import FFN, EncoderDecoder
 from moekit.moe.layer import MoE
 from moekit.moe.parallel import Place
 from moekit.moe.routing import TopK
-from moekit.sharding import split_rows
+from moekit.sharding import shard_batch
 from moekit.training.step import compiled_step
 
 SHAPES = ((8, 1), (32, 2))  # experts, choices
@@ -201,7 +201,7 @@ class _Run:
         self.update, self.key = compiled.update, jax.random.key(0)
         self.state = (params, rest, compiled.start(params))
         lengths = (config.input_length, config.target_length)
-        self.batch = split_rows(full_batch(rows, *lengths, cfg.vocab_size), mesh)
+        self.batch = shard_batch(full_batch(rows, *lengths, cfg.vocab_size), mesh)
         before, start = self.update._cache_size(), time.perf_counter()
         self.step()
         self.first, self.programs = time.perf_counter() - start, max(1, before)

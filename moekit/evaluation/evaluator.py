@@ -31,7 +31,7 @@ from moekit.evaluation.scores import (
 )
 from moekit.model.decoding import encode_inputs, generate_ids, input_rows, length_groups
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
-from moekit.sharding import split_rows
+from moekit.sharding import shard_batch
 
 __all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]
 QUERIES = 16  # of a batch, with four times as many options
@@ -110,7 +110,7 @@ def _target_rows(options: Sequence[Sequence[list[int]]], queries: int, model) ->
     for i, ids in enumerate(flat):
         targets[i, : len(ids)], weights[i, : len(ids)] = ids, 1
     owner = np.pad(np.array(owners, np.int32), (0, rows - len(owners)))
-    return split_rows((owner, targets, weights), model.mesh)
+    return shard_batch((owner, targets, weights), model.mesh)
 
 
 def rank_options(

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moekit.sharding import devices_of_rows, on_rows, param, platform
+from moekit.sharding import current_batch_shards, param, platform, with_gathered_parameters
 
 MASKED = -1e9  # finite: a row with nothing to attend to (padding) stays finite
 
@@ -104,8 +104,10 @@ class RelativeBias(nnx.Module):
             buckets=self.buckets,
             max_distance=self.max_distance,
         )
-        copies = jnp.zeros(devices_of_rows())
-        table = on_rows(lambda _, bias_bn: bias_bn[None], jnp.float32, copies, self.bias_bn)
+        copies = jnp.zeros(current_batch_shards())
+        table = with_gathered_parameters(
+            lambda _, bias_bn: bias_bn[None], jnp.float32, copies, self.bias_bn
+        )
         values = jax.lax.stop_gradient(self.bias_bn[...]).astype(self.dtype).T[:, bucket]
         return Bias(values, table, bucket)
 
@@ -170,7 +172,9 @@ class Attention(nnx.Module):
         return self._product("bld,dnh->blnh", x, w)
 
     def _product(self, equation: str, x, w: nnx.Param):
-        return on_rows(partial(jnp.einsum, equation), self.dtype, x.astype(self.dtype), w)
+        return with_gathered_parameters(
+            partial(jnp.einsum, equation), self.dtype, x.astype(self.dtype), w
+        )
 
     def attend(
         self,

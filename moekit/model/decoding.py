@@ -18,7 +18,7 @@ from moekit.data.batch import pad_pairs
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import row_shards, split_rows
+from moekit.sharding import batch_shards, shard_batch
 
 
 def bucket(length: int, longest: int) -> int:
@@ -31,7 +31,7 @@ def bucket(length: int, longest: int) -> int:
 
 def rows_at(length: int, most: int, mesh: Mesh | None = None) -> int:
     """Rows of a batch of that length: attention takes memory by its square. A mesh divides them."""
-    rows, shards = max(1, min(most, 2**23 // length**2)), row_shards(mesh)
+    rows, shards = max(1, min(most, 2**23 // length**2)), batch_shards(mesh)
     return -(-rows // shards) * shards
 
 
@@ -84,7 +84,7 @@ def input_rows(
     pairs = [{"inputs": row, "targets": []} for row in ids]
     batch = pad_pairs(pairs, input_length=length, target_length=1)
     fill = ((0, rows - len(ids)), (0, 0))
-    return split_rows((np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)), mesh)
+    return shard_batch((np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)), mesh)
 
 
 @functools.lru_cache(maxsize=32)

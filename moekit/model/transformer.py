@@ -21,7 +21,14 @@ from moekit.config import ModelConfig
 from moekit.data.batch import Batch
 from moekit.model.attention import Attention, Bias, RelativeBias, product, segment_mask
 from moekit.moe.layer import LayerStats, MoE, TokenRouting, gated_gelu
-from moekit.sharding import by_rows, check_mesh, on_rows, param, placed_on, platform
+from moekit.sharding import (
+    check_mesh,
+    constrain_batch,
+    param,
+    platform,
+    use_mesh,
+    with_gathered_parameters,
+)
 
 # what a backward pass finds saved of each layer ("none": everything)
 REMAT = {
@@ -105,7 +112,7 @@ class FFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         weights = [w for w in (self.wi_df, self.wo_fd, self.wg_df) if w is not None]
-        return on_rows(_feed_forward, self.dtype, x.astype(self.dtype), *weights)
+        return with_gathered_parameters(_feed_forward, self.dtype, x.astype(self.dtype), *weights)
 
 
 def _feed_forward(x, wi_df, wo_fd, wg_df=None):
@@ -301,10 +308,10 @@ class Stack(nnx.Module):
             for i, layer in enumerate(layers):
                 key = None if keys is None else keys[i]
                 # backward, a layer adds its part to the table's gradient before the next one's turn
-                x, table = jax.lax.optimization_barrier((by_rows(x), table))
+                x, table = jax.lax.optimization_barrier((constrain_batch(x), table))
                 bias = replace(context.bias, table=table)
                 x, seen = _rematerialized(layer, replace(context, bias=bias), turn)(x, key)
-            return by_rows(x), seen
+            return constrain_batch(x), seen
 
         turns = jnp.arange(self.repeats)
         x, seen = self.scan(unit, dropout(x, self.rate, first), (keys, turns), context.remat)
@@ -314,7 +321,7 @@ class Stack(nnx.Module):
 def _on_its_mesh(method: Callable) -> Callable:
     @functools.wraps(method)
     def placed(self, *args, **kwargs):
-        with placed_on(self.mesh):
+        with use_mesh(self.mesh):
             return method(self, *args, **kwargs)
 
     return placed
@@ -334,7 +341,7 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None):
         check_mesh(mesh, cfg.name, experts=cfg.num_experts, **cfg.split_by_model())
         rngs = nnx.Rngs(params=seed)
-        with placed_on(mesh):
+        with use_mesh(mesh):
             shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
             self.embedding_vd = param(rngs, shape, axes, stddev=1.0)
             self.encoder = Stack(cfg, "encoder", mesh=mesh, rngs=rngs)
@@ -470,18 +477,22 @@ class EncoderDecoder(nnx.Module):
     def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         # in float32: a frequent token's gradient is a long sum
         table = self.embedding_vd
-        rows = on_rows(lambda tokens, table_vd: table_vd[tokens], jnp.float32, tokens, table)
+        rows = with_gathered_parameters(
+            lambda tokens, table_vd: table_vd[tokens], jnp.float32, tokens, table
+        )
         return rows.astype(_dtype(self.cfg))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.head_dv is None:
             # T5 v1.0 shares the embedding and scales, because its rows have unit variance
             x = (x.astype(jnp.float32) * self.cfg.d_model**-0.5).astype(x.dtype)
-            logits = on_rows(lambda x, w_vd: product(x, w_vd.T), x.dtype, x, self.embedding_vd)
+            logits = with_gathered_parameters(
+                lambda x, w_vd: product(x, w_vd.T), x.dtype, x, self.embedding_vd
+            )
             return logits.astype(jnp.float32)
         exact = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         to_logits = product if x.dtype == jnp.float32 else exact
-        return on_rows(to_logits, x.dtype, x, self.head_dv)
+        return with_gathered_parameters(to_logits, x.dtype, x, self.head_dv)
 
 
 def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moekit.moe.parallel import Place
 from moekit.moe.routing import Routing
-from moekit.sharding import vary, varying
+from moekit.sharding import cast_varying, varying_axes
 
 
 @no_type_check  # a pytree: see Routing
@@ -104,7 +104,7 @@ def take(x: Shaped[Array, "rows *S"], index: Int[Array, "N"]) -> Shaped[Array, "
 
 def zeros(shape: tuple[int, ...], dtype, like: Array) -> Array:
     """Zeros that vary over the devices as `like` does, for a loop to start from."""
-    return vary(jnp.zeros(shape, dtype), varying(like))
+    return cast_varying(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ from moekit.moe import dropless, ragged
 from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
 from moekit.moe.parallel import Place, split_over_mesh
 from moekit.moe.routing import Router, Routing, Switch
-from moekit.sharding import AXES, ROW_AXES, check_mesh, param, placed_on, row_shards
+from moekit.sharding import BATCH_AXES, MESH_AXES, batch_shards, check_mesh, param, use_mesh
 
 ACTIVATIONS = ("gated_gelu", "relu")
 DISPATCH = ("capacity", "dropless")
@@ -289,7 +289,7 @@ class MoE(nnx.Module):
     ):
         check_dispatch(dispatch, router)
         check_mesh(mesh, "this MoE layer", experts=num_experts, d_ff=d_ff)
-        with placed_on(mesh):
+        with use_mesh(mesh):
             self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
             self.experts = Experts(
                 num_experts,
@@ -334,7 +334,7 @@ class MoE(nnx.Module):
             return module._local(rows, key, drop, Place(self.mesh, typed))
 
         typed = not self.ragged
-        whole = -(-b // row_shards(self.mesh)) * row_shards(self.mesh)
+        whole = -(-b // batch_shards(self.mesh)) * batch_shards(self.mesh)
         split = split_over_mesh(local, self, self.mesh, self._cast, typed=typed)
         (y, routing), stats = split(jax.tree.map(lambda a: _padded(a, whole), rows), key)
         return y[:b], stats, jax.tree.map(lambda a: a[:b], routing)
@@ -353,7 +353,7 @@ class MoE(nnx.Module):
         drop = drop and self.dispatch == "capacity"
         routing = self._route(logits, group_mask, ids, route_key, drop, place)
         tokens = _token_routing(routing, self.num_experts, (b, length))
-        stats = place.sum(layer_stats(logits, group_mask, routing), *ROW_AXES)
+        stats = place.sum(layer_stats(logits, group_mask, routing), *BATCH_AXES)
         # over the model axis every device computes its part of the same tokens
         x = place.vary(_padded(x.reshape(-1, d), group_mask.size), "model")
         move = self._dropless if self.dispatch == "dropless" else self._capacity
@@ -377,7 +377,7 @@ class MoE(nnx.Module):
                 lambda w: w.astype(experts.dtype),
                 (tuple(w[...] for w in ups), experts.wo_efd[...]),
             ),
-            *AXES,
+            *MESH_AXES,
         )
 
         def keep(key, ids):
@@ -423,8 +423,8 @@ class MoE(nnx.Module):
             capacity, limit = size, jnp.full(groups, size)
         keys = None
         if key is not None:  # one for each group of all devices
-            keys = jax.random.split(key, groups * place.size(*ROW_AXES))
-            first = groups * place.index(*ROW_AXES)
+            keys = jax.random.split(key, groups * place.size(*BATCH_AXES))
+            first = groups * place.index(*BATCH_AXES)
             keys = jax.lax.dynamic_slice_in_dim(keys, first, groups)
         bias = None if self.router.bias_e is None else self.router.bias_e[...]
 

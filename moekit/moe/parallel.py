@@ -20,14 +20,14 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from moekit.sharding import (
-    AXES,
-    BATCH,
-    ROW_AXES,
-    gathered,
+    BATCH_AXES,
+    BATCH_SPEC,
+    MESH_AXES,
+    all_gather_parameter,
+    cast_varying,
+    gather_steps,
     platform,
-    rows_only,
     variable_spec,
-    vary,
 )
 
 
@@ -88,7 +88,7 @@ class Place:
         later, their cotangents are summed."""
         if self.mesh is None or not self.typed:
             return tree
-        return jax.tree.map(lambda x: vary(x, axes), tree)
+        return jax.tree.map(lambda x: cast_varying(x, axes), tree)
 
     def gather(self, rows: Shaped[Array, "rows *S"]) -> Shaped[Array, "all_rows *S"]:
         """The rows of all devices along the expert axis."""
@@ -108,7 +108,7 @@ class Place:
         """Pieces of x from every device along the expert axis, in a buffer of zeros."""
         if self.size("expert") == 1:
             return jnp.pad(x[:rows], ((0, max(0, rows - x.shape[0])), (0, 0)))
-        buffer = self.vary(jnp.zeros((rows, x.shape[1]), x.dtype), *AXES)
+        buffer = self.vary(jnp.zeros((rows, x.shape[1]), x.dtype), *MESH_AXES)
         return jax.lax.ragged_all_to_all(x, buffer, *slices, axis_name="expert")
 
     def sum(self, tree, *axes: str):
@@ -137,8 +137,8 @@ def split_over_mesh(
     def local(state, rows, key):
         def arrives(variable, spec):
             # experts stay where they are, all else is gathered
-            kept = ("data",) if "expert" in variable.axes else ROW_AXES
-            return variable.replace(gathered(cast(variable), rows_only(spec, kept)))
+            kept = ("data",) if "expert" in variable.axes else BATCH_AXES
+            return variable.replace(all_gather_parameter(cast(variable), gather_steps(spec, kept)))
 
         whole = jax.tree.map(arrives, state, specs, **is_variable)
         return function(nnx.merge(graphdef, whole), rows, key)
@@ -146,8 +146,8 @@ def split_over_mesh(
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, BATCH, PartitionSpec()),
-        out_specs=(BATCH, PartitionSpec()),
+        in_specs=(specs, BATCH_SPEC, PartitionSpec()),
+        out_specs=(BATCH_SPEC, PartitionSpec()),
         check_vma=typed,
     )
     return lambda rows, key: sharded(state, rows, key)

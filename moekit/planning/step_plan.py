@@ -297,7 +297,7 @@ def _compile(request: Request) -> dict[str, Any]:
     from jax.sharding import AxisType, Mesh
 
     from moekit.model.transformer import EncoderDecoder
-    from moekit.sharding import AXES
+    from moekit.sharding import MESH_AXES
     from moekit.training.step import abstract_batch, compiled_step
 
     name = request.topology.partition(":")[0]
@@ -322,7 +322,7 @@ def _compile(request: Request) -> dict[str, Any]:
     devices = mesh_utils.create_device_mesh(
         sizes, devices=list(slice_.devices), allow_split_physical_axes=True
     )
-    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     model = nnx.eval_shape(lambda: EncoderDecoder(request.cfg, mesh=mesh))
     step = compiled_step(model, request.train)
     start = time.perf_counter()
@@ -390,7 +390,7 @@ def _memory_advice(request: Request) -> list[str]:
 def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     """Times, FLOPs and collectives of a compiled step."""
     from moekit.planning.hlo import Walker
-    from moekit.sharding import row_shards
+    from moekit.sharding import batch_shards
 
     try:
         text = compiled.as_text()
@@ -409,7 +409,7 @@ def _read(request: Request, compiled, mesh) -> dict[str, Any]:
     rows = (request.batch, request.input_length, request.target_length)
     flops = {
         "model": 3 * request.batch * tokens,
-        "analytic": step_flops(request.cfg, *rows, remat=request.remat, shards=row_shards(mesh)),
+        "analytic": step_flops(request.cfg, *rows, remat=request.remat, shards=batch_shards(mesh)),
         "compiled": cost.flops * mesh.size,
     }
     ideal = flops["model"] / mesh.size / chip.flops

@@ -23,7 +23,7 @@ from moekit.data.statistics import Counts
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.distributed import gathered, is_first, join_rows, share_of_rows
 from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import row_shards
+from moekit.sharding import batch_shards
 from moekit.training.checkpoint import Checkpoints, differing, restore_model, to_json
 from moekit.training.metrics import Metrics
 from moekit.training.optim import schedule
@@ -284,7 +284,7 @@ def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> 
             f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.name} only {cfg.vocab_size}: use "
             f"cfg.replace(vocab_size={tokenizer.vocab_size})"
         )
-    shards = row_shards(model.mesh)
+    shards = batch_shards(model.mesh)
     if config.batch_size % shards:
         unit = math.lcm(8, shards)  # a batch rounds its rows down to a multiple of 8
         rows = -(-config.batch_size // unit) * unit

@@ -19,7 +19,7 @@ from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import LayerStats, update_router_bias
-from moekit.sharding import BATCH, platform, variable_spec
+from moekit.sharding import BATCH_SPEC, platform, variable_spec
 from moekit.training.optim import make_optimizer, state_specs
 
 
@@ -191,7 +191,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> tuple[Batch, jax.ShapeDty
 
     def rows(length, dtype):
         shape = (config.batch_size, length)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
 
     batch = {
         f.name: rows(

@@ -16,7 +16,7 @@ from flax import nnx
 import moekit as mk
 from moekit import distributed
 from moekit.data.span_corruption import Corpus, Document
-from moekit.sharding import AXES
+from moekit.sharding import MESH_AXES
 from moekit.training.checkpoint import Checkpoints
 
 TEXT = Corpus(
@@ -50,7 +50,7 @@ def one_of_two(folder, coordinator, number):
     found["gathered"] = distributed.gathered("é" * (number + 1))
     apart = np.array(jax.devices())[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(4, 1, 2)
     try:
-        distributed.share_of_rows(jax.sharding.Mesh(apart, AXES))
+        distributed.share_of_rows(jax.sharding.Mesh(apart, MESH_AXES))
     except ValueError as error:
         found["uneven"] = str(error)
     model = build()

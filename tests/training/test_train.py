@@ -16,7 +16,7 @@ import moekit as mk
 from moekit.config import TrainConfig
 from moekit.data.batch import batches
 from moekit.data.span_corruption import Corpus, Document
-from moekit.sharding import AXES
+from moekit.sharding import MESH_AXES
 from moekit.training.checkpoint import Checkpoints
 from moekit.training.loop import NonFiniteLoss, _Trainer, token_losses
 
@@ -190,7 +190,7 @@ def test_settings_that_do_not_fit_the_model(changes, message):
 @pytest.mark.parametrize("shape", [(1, 8, 1), (3, 2, 1)], ids=str)
 def test_rows_must_divide_the_mesh(shape):
     devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
-    mesh = jax.sharding.Mesh(devices, AXES)
+    mesh = jax.sharding.Mesh(devices, MESH_AXES)
     sharded = mk.EncoderDecoder(mk.preset("st-nano").replace(d_model=16, d_ff=32), mesh=mesh)
     message = rf"batch of 4 rows cannot be split over {devices.size} devices"
     with pytest.raises(ValueError, match=message) as error:
