@@ -1,63 +1,125 @@
-"""FLOPs by formula: what a step multiplies, to hold against what the compiler counts."""
+"""FLOPs of all matrix products of a step by formula, to compare with what the compiler counts.
+
+Counts are per step of the whole batch, over all devices.
+"""
 
 import math
+from typing import NamedTuple
 
 from moekit.config import ModelConfig
 from moekit.moe.capacity import slots_per_expert
 
 
+class ForwardFlops(NamedTuple):
+    """FLOPs of the products of a forward pass."""
+
+    stacks: float  # encoder and decoder
+    head: float  # output logits
+    last: float  # part of `stacks`: the last product of each layer, which remat need not repeat
+
+
 def forward_flops(
     cfg: ModelConfig, rows: int, length: int, target_length: int, shards: int = 1
-) -> dict[str, float]:
-    """FLOPs of all products of a forward pass: in the stacks, in the output head, and ("last") in
-    the products that end a layer.
+) -> ForwardFlops:
+    """FLOPs of the products of a forward pass over `rows` inputs and targets.
 
-    Unlike `ModelConfig.flops_per_token` it counts attention scores, the router's logits and the
-    experts' slots, filled or not; `shards` are the devices that split the rows.
+    Unlike `ModelConfig.flops_per_token` this includes attention scores, router logits and empty
+    expert slots.
+
+    Args:
+      length, target_length: tokens of an input and of a target, with padding.
+      shards: devices over which the batch is sharded; each routes its own tokens.
     """
-    inner, d = cfg.num_heads * cfg.head_dim, cfg.d_model
-    sources, targets = rows * length, rows * target_length
-    stacks = last = 0.0
-    for stack, tokens, own in (
-        ("encoder", sources, length),
-        ("decoder", targets, target_length),
-    ):
-        layers, sparse = getattr(cfg, f"{stack}_layers"), cfg.moe_layers(stack)
-        stacks += layers * tokens * (8 * d * inner + 4 * own * inner)
-        if stack == "decoder":
-            stacks += layers * (4 * d * inner * (targets + sources) + 4 * length * inner * targets)
-        stacks += (layers - sparse) * tokens * 2 * cfg.ffn_parameters(cfg.d_ff)
-        extra = cfg.extra_d_ff or 0
-        stacks += sparse * tokens * 2 * (d * cfg.num_experts + cfg.ffn_parameters(extra))
-        slots = expert_slots(cfg, stack, tokens // shards) * shards if sparse else 0
-        stacks += sparse * slots * 2 * cfg.ffn_parameters(cfg.expert_d_ff or cfg.d_ff)
-        last += 2 * tokens * d * ((layers - sparse) * cfg.d_ff + sparse * extra)
-    return {"stacks": stacks, "head": 2.0 * targets * d * cfg.vocab_size, "last": last}
+    sources = rows * length
+    targets = rows * target_length
+    encoder = (
+        cfg.encoder_layers * _self_attention_flops(cfg, sources, length)
+        + _dense_ffn_flops(cfg, "encoder", sources)
+        + _sparse_ffn_flops(cfg, "encoder", sources, shards)
+    )
+    decoder = (
+        cfg.decoder_layers * _self_attention_flops(cfg, targets, target_length)
+        + cfg.decoder_layers * _cross_attention_flops(cfg, targets, sources, length)
+        + _dense_ffn_flops(cfg, "decoder", targets)
+        + _sparse_ffn_flops(cfg, "decoder", targets, shards)
+    )
+    last = _last_product_flops(cfg, "encoder", sources)
+    last += _last_product_flops(cfg, "decoder", targets)
+    head = 2.0 * targets * cfg.d_model * cfg.vocab_size
+    return ForwardFlops(float(encoder + decoder), head, float(last))
+
+
+def _self_attention_flops(cfg: ModelConfig, tokens: int, length: int) -> int:
+    inner = cfg.num_heads * cfg.head_dim
+    projections = 4 * 2 * cfg.d_model * inner  # query, key, value, output
+    scores_and_values = 2 * 2 * length * inner
+    return tokens * (projections + scores_and_values)
+
+
+def _cross_attention_flops(cfg: ModelConfig, targets: int, sources: int, length: int) -> int:
+    inner = cfg.num_heads * cfg.head_dim
+    query_and_output = targets * 2 * 2 * cfg.d_model * inner
+    key_and_value = sources * 2 * 2 * cfg.d_model * inner
+    scores_and_values = targets * 2 * 2 * length * inner
+    return query_and_output + key_and_value + scores_and_values
+
+
+def _dense_layers(cfg: ModelConfig, stack: str) -> int:
+    num_layers = cfg.encoder_layers if stack == "encoder" else cfg.decoder_layers
+    return num_layers - cfg.moe_layers(stack)
+
+
+def _dense_ffn_flops(cfg: ModelConfig, stack: str, tokens: int) -> int:
+    return _dense_layers(cfg, stack) * tokens * 2 * cfg.ffn_parameters(cfg.d_ff)
+
+
+def _sparse_ffn_flops(cfg: ModelConfig, stack: str, tokens: int, shards: int) -> int:
+    num_sparse = cfg.moe_layers(stack)
+    if not num_sparse:
+        return 0
+    router = tokens * 2 * cfg.d_model * cfg.num_experts
+    extra = tokens * 2 * cfg.ffn_parameters(cfg.extra_d_ff or 0)
+    slots = shards * expert_slots(cfg, stack, tokens // shards)
+    experts = slots * 2 * cfg.ffn_parameters(cfg.expert_d_ff or cfg.d_ff)
+    return num_sparse * (router + extra + experts)
+
+
+def _last_product_flops(cfg: ModelConfig, stack: str, tokens: int) -> int:
+    dense = _dense_layers(cfg, stack) * cfg.d_ff
+    sparse = cfg.moe_layers(stack) * (cfg.extra_d_ff or 0)
+    return 2 * tokens * cfg.d_model * (dense + sparse)
 
 
 def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
-    """Slots of all experts for a device's tokens in training; dropless: their choices."""
-    if cfg.dispatch == "dropless":
-        return tokens * cfg.stack_router(stack).num_choices
-    groups = math.ceil(tokens / cfg.group_size)
+    """Slots of all experts for one device's tokens in training; without slots (dropless): their
+    choices."""
     router = cfg.stack_router(stack)
-    choices = (getattr(router, "num_choices", 1) or 1) if cfg.capacity_counts_k else 1
+    if cfg.dispatch == "dropless":
+        return tokens * router.num_choices
+    num_groups = math.ceil(tokens / cfg.group_size)
+    choices = 1
+    if cfg.capacity_counts_k:
+        choices = getattr(router, "num_choices", 1) or 1
     slots = slots_per_expert(
-        math.ceil(tokens / groups),
+        math.ceil(tokens / num_groups),
         cfg.num_experts,
         cfg.capacity_factor,
         choices=choices,
         minimum=cfg.min_capacity,
     )
-    return groups * cfg.num_experts * slots
+    return num_groups * cfg.num_experts * slots
 
 
 def step_flops(
     cfg: ModelConfig, rows: int, length: int, target_length: int, *, remat: str, shards: int = 1
 ) -> float:
-    """FLOPs of all products of a training step, with what "full" remat computes again: every layer
-    but its last product, whose result nothing asks for. ("dots" repeats only attention scores and
-    experts, which this leaves out.)"""
-    flops = forward_flops(cfg, rows, length, target_length, shards)
-    again = flops["stacks"] - flops["last"] if remat == "full" else 0.0
-    return 3 * (flops["stacks"] + flops["head"]) + again
+    """FLOPs of the products of a training step, with those that remat "full" computes again.
+
+    "full" repeats every layer except its last product, whose result the backward pass does not
+    need. "dots" repeats only attention scores and experts, which are not added here.
+    """
+    forward = forward_flops(cfg, rows, length, target_length, shards)
+    repeated = 0.0
+    if remat == "full":
+        repeated = forward.stacks - forward.last
+    return 3 * (forward.stacks + forward.head) + repeated

@@ -1,134 +1,98 @@
 """Greedy and sampled decoding with a KV cache.
 
-B batch, L input length, T longest output.
+B batch, L input length, T longest output, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 
-from moekit.data.batch import pad_pairs
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
+from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.model.cache import Cache
 from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import batch_shards, shard_batch
 
 
-def bucket(length: int, longest: int) -> int:
-    """The next power of two from 64, at most `longest`: few shapes, few compilations."""
-    size = 64
-    while size < length:
-        size *= 2
-    return min(size, longest)
+class _State(NamedTuple):
+    """State of the decoding loop."""
 
-
-def rows_at(length: int, most: int, mesh: Mesh | None = None) -> int:
-    """Rows of a batch of that length: attention takes memory by its square. A mesh divides them."""
-    rows, shards = max(1, min(most, 2**23 // length**2)), batch_shards(mesh)
-    return -(-rows // shards) * shards
-
-
-def length_groups(
-    lengths: Sequence[int],
-    longest: int,
-    most: int,
-    parts: Sequence[int] | None = None,
-    mesh: Mesh | None = None,
-) -> Iterator[tuple[list[int], int, int]]:
-    """Indices of texts of similar length, with the length and the rows of their batch.
-
-    Args:
-      parts: what each text brings to its batch (its options, say), which holds `4 * most` in all.
-    """
-    group: list[int] = []
-    size = rows = 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        new = bucket(lengths[i], longest)
-        full = len(group) >= rows_at(new, most, mesh)
-        if group and (full or (parts and sum(parts[j] for j in (*group, i)) > 4 * most)):
-            yield group, size, rows
-            group = []
-        group.append(i)
-        size, rows = new, rows_at(new, most, mesh)
-    if group:
-        yield group, size, rows
-
-
-def encode_inputs(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[list[int]]:
-    """Token ids of texts with end of sequence.
-
-    Raises:
-      ValueError: a text is longer than the model reads.
-    """
-    rows = [[*tokenizer.encode(text), EOS] for text in texts]
-    for i, row in enumerate(rows):
-        if len(row) > longest:
-            raise ValueError(
-                f"text {i} ({texts[i][:40]!r}..) is {len(row)} tokens long, more than the "
-                f"{longest} that the model reads: shorten it or raise the model's max_length"
-            )
-    return rows
-
-
-def input_rows(
-    ids: Sequence[Sequence[int]], length: int, rows: int, mesh: Mesh | None
-) -> tuple[Int[Array | np.ndarray, "B L"], Int[Array | np.ndarray, "B L"]]:
-    """Inputs and segments of a batch of so many rows, the last ones padding."""
-    pairs = [{"inputs": row, "targets": []} for row in ids]
-    batch = pad_pairs(pairs, input_length=length, target_length=1)
-    fill = ((0, rows - len(ids)), (0, 0))
-    return shard_batch((np.pad(batch.inputs, fill), np.pad(batch.input_segments, fill)), mesh)
+    step: Int[Array, ""]
+    tokens: Int[Array, "B"]  # the last ones, which the decoder reads next
+    finished: Bool[Array, "B"]
+    cache: Cache
+    generated: Int[Array, "B T"]
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(graphdef, length: int, sample: bool):
-    def run(
-        state,
+def _compiled(graphdef: nnx.GraphDef, length: int, sample: bool) -> Callable[..., Array]:
+    """A compiled function that decodes a batch: up to `length` tokens of every row."""
+
+    def decode(
+        state: nnx.State,
         inputs: Int[Array, "B L"],
         segments: Int[Array, "B L"],
         key: Key[Array, ""],
-        temperature,
+        temperature: Float[Array, ""],
     ) -> Int[Array, "B T"]:
         model = nnx.merge(graphdef, state)
-        cache = model.start_cache(model.encode(inputs, segments), length)
+        encoded = model.encode(inputs, segments)
+
+        def choose(logits: Float[Array, "B V"], step: Int[Array, ""]) -> Int[Array, "B"]:
+            if not sample:
+                return jnp.argmax(logits, -1)
+            step_key = jax.random.fold_in(key, step)
+            return jax.random.categorical(step_key, logits / temperature)
+
+        def is_unfinished(current: _State) -> Bool[Array, ""]:
+            return (current.step < length) & ~current.finished.all()
+
+        def decode_token(current: _State) -> _State:
+            logits, cache = model.decode_step(current.tokens, current.cache)
+            tokens = choose(logits, current.step).astype(jnp.int32)
+            tokens = jnp.where(current.finished, PAD, tokens)
+            generated = jax.lax.dynamic_update_slice_in_dim(
+                current.generated, tokens[:, None], current.step, axis=1
+            )
+            finished = current.finished | (tokens == EOS)
+            return _State(current.step + 1, tokens, finished, cache, generated)
+
         rows = inputs.shape[0]
-
-        def unfinished(carry):
-            step, _, done, _, _ = carry
-            return (step < length) & ~done.all()
-
-        def step(carry):
-            step, tokens, done, cache, out = carry
-            logits, cache = model.decode_step(tokens, cache)
-            if sample:
-                noise = jax.random.fold_in(key, step)
-                tokens = jax.random.categorical(noise, logits / temperature)
-            else:
-                tokens = jnp.argmax(logits, -1)
-            tokens = jnp.where(done, PAD, tokens).astype(jnp.int32)
-            out = jax.lax.dynamic_update_slice_in_dim(out, tokens[:, None], step, axis=1)
-            return step + 1, tokens, done | (tokens == EOS), cache, out
-
-        # rows of padding are done before they start
-        start = (
-            jnp.zeros((), jnp.int32),
-            jnp.full(rows, PAD, jnp.int32),
-            (segments == 0).all(-1),
-            cache,
-            jnp.full((rows, length), PAD, jnp.int32),
+        is_padding = (segments == 0).all(-1)
+        start = _State(
+            step=jnp.zeros((), jnp.int32),
+            tokens=jnp.full(rows, PAD, jnp.int32),
+            finished=is_padding,
+            cache=model.start_cache(encoded, length),
+            generated=jnp.full((rows, length), PAD, jnp.int32),
         )
-        return jax.lax.while_loop(unfinished, step, start)[-1]
+        return jax.lax.while_loop(is_unfinished, decode_token, start).generated
 
-    return jax.jit(run)
+    return jax.jit(decode)
 
 
+@overload
+def generate(
+    model: EncoderDecoder,
+    texts: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 32,
+) -> str: ...
+
+
+@overload
 def generate(
     model: EncoderDecoder,
     texts: Sequence[str],
@@ -138,43 +102,81 @@ def generate(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 32,
-) -> list[str]:
-    """What the model says to each text: greedily, or sampled at a temperature above 0.
+) -> list[str]: ...
+
+
+def generate(
+    model: EncoderDecoder,
+    texts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 32,
+) -> str | list[str]:
+    """The model's answer to a text, or a list of answers to a list of texts.
 
     Args:
-      batch_size: most texts at a time; long ones come in smaller batches.
+      max_new_tokens: longest answer, in tokens.
+      temperature: 0 decodes greedily; above 0, tokens are sampled from
+        softmax(logits / temperature).
+      seed: of sampling.
+      tokenizer: default the one that the model's configuration names.
+      batch_size: most texts in a batch; long ones come in smaller batches.
 
     Raises:
-      ValueError: a text is longer than the model's max_length, or temperature is negative.
+      ValueError: a text is longer than the model's max_length or not valid Unicode, temperature
+        is negative or not finite, or max_new_tokens or batch_size is below 1.
     """
+    single = isinstance(texts, str)
+    _check_settings(max_new_tokens, temperature, batch_size)
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    ids = encode_inputs(texts, tokenizer, model.cfg.max_length)
-    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    said = generate_ids(model, ids, max_new_tokens=max_new_tokens, **options)
-    return [tokenizer.decode(row) for row in said]
+    inputs = encode_inputs([texts] if single else texts, tokenizer, model.cfg.max_length)
+    generated = generate_ids(
+        model,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    answers = [tokenizer.decode(ids) for ids in generated]
+    return answers[0] if single else answers
 
 
 def generate_ids(
     model: EncoderDecoder,
-    ids: Sequence[Sequence[int]],
+    inputs: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[Int[np.ndarray, "T"]]:
-    """`generate` from token ids to token ids, padded behind the end of sequence."""
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; use 0 (greedy) or more")
+    """`generate` from token ids to token ids, with padding after the end of sequence."""
+    _check_settings(max_new_tokens, temperature, batch_size)
     graphdef, state = nnx.split(model)
-    run, key = _compiled(graphdef, max_new_tokens, temperature > 0), jax.random.key(seed)
-    lengths, said = list(map(len, ids)), [np.zeros(0, np.int32)] * len(ids)
+    decode = _compiled(graphdef, max_new_tokens, temperature > 0)
+    key = jax.random.key(seed)
+    lengths = [len(ids) for ids in inputs]
     groups = list(length_groups(lengths, model.cfg.max_length, batch_size, mesh=model.mesh))
-    bar = tqdm(groups, desc="generate", unit="batch", leave=False)
-    for number, (group, length, rows) in enumerate(bar):
-        inputs, segments = input_rows([ids[i] for i in group], length, rows, model.mesh)
-        noise = jax.random.fold_in(key, number)
-        out = to_host(run(state, inputs, segments, noise, temperature))
-        for i, row in zip(group, out, strict=False):
-            said[i] = row
-    return said
+    generated = [np.zeros(0, np.int32)] * len(inputs)
+    progress = tqdm(groups, desc="generate", unit="batch", leave=False)
+    for batch_index, (indices, length, rows) in enumerate(progress):
+        group = [inputs[index] for index in indices]
+        tokens, segments = input_rows(group, length, rows, model.mesh)
+        batch_key = jax.random.fold_in(key, batch_index)
+        outputs = to_host(decode(state, tokens, segments, batch_key, jnp.float32(temperature)))
+        for row, index in enumerate(indices):
+            generated[index] = outputs[row]
+    return generated
+
+
+def _check_settings(max_new_tokens: int, temperature: float, batch_size: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; use 1 or more")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use 1 or more")
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature is {temperature}; use 0 (greedy) or a finite number above 0")
