@@ -22,7 +22,7 @@ from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import unknown
-from moekit.model.decoding import length_groups
+from moekit.model.batching import length_groups
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import shard_batch
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from moekit import config as configs
 from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import Batch
-from moekit.model.transformer import FFN, EncoderDecoder
+from moekit.model.layers import FFN
+from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import MoE
 from moekit.moe.parallel import Place
 from moekit.moe.routing import TopK

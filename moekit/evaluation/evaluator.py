@@ -29,7 +29,8 @@ from moekit.evaluation.scores import (
     extract_answer,
     rouge_l,
 )
-from moekit.model.decoding import encode_inputs, generate_ids, input_rows, length_groups
+from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.model.decoding import generate_ids
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.sharding import shard_batch
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 import moekit as mk
 from moekit.data.batch import pad_pairs
-from moekit.model import transformer
-from moekit.model.attention import relative_bucket
+from moekit.model import stack
+from moekit.model.relative_bias import relative_bucket
 from moekit.model.transformer import EncoderDecoder, shift_right, with_config
 from moekit.training.loop import evaluate_loss, token_losses
 from moekit.training.step import auxiliary_losses
@@ -147,8 +147,8 @@ def test_every_router_and_expert_learns(flavour):
         return token_losses(out.logits, batch.targets, batch.loss_weights)["objective"]
 
     grads = jax.jit(jax.grad(loss))(params)
-    for stack in ("encoder", "decoder"):
-        moe = grads[stack]["blocks"][len(grads[stack]["blocks"]) - 1]["moe"]
+    for name in ("encoder", "decoder"):
+        moe = grads[name]["blocks"][len(grads[name]["blocks"]) - 1]["moe"]
         for leaf in jax.tree.leaves(moe):
             assert np.isfinite(leaf).all() and float(jnp.abs(leaf).max()) > 0
 
@@ -168,7 +168,7 @@ def test_a_loop_over_layers_equals_the_same_layers_in_a_row(monkeypatch):
         return step(params), step.lower(params).as_text().count("stablehlo.while")
 
     (row, row_grads), fewer = program()
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    monkeypatch.setattr(stack, "platform", lambda: "tpu")
     (loop, loop_grads), loops = program()
     assert loops > fewer
     np.testing.assert_allclose(row, loop, rtol=1e-5)
