@@ -80,6 +80,8 @@ from .data.tokenizer import (
 from .evaluation.evaluator import (
     evaluate as evaluate,
     evaluation_callback as evaluation_callback,
+)
+from .evaluation.likelihood import (
     rank_options as rank_options,
 )
 from .evaluation.lm_harness import (

@@ -1,4 +1,4 @@
-"""One way to say that a name is not known."""
+"""Errors that several modules raise."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,3 +11,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     shown = ", ".join(known[:60]) + (f" and {len(known) - 60} more" if len(known) > 60 else "")
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {shown}")
+
+
+def not_finite(model: str) -> ValueError:
+    """A ValueError for a model whose outputs are NaN or infinite."""
+    return ValueError(
+        f"the parameters of {model} are not finite (NaN or infinity), or too large to compute "
+        "with: load an earlier checkpoint, or train again with a lower learning_rate"
+    )

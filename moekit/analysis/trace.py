@@ -1,14 +1,13 @@
-"""RouterTrace: which token went to which expert, in every layer; recorded once, read by all else.
+"""RouterTrace: the experts of every token in every MoE layer, recorded once and analysed later.
 
-Y MoE layers of a stack, N real tokens, K choices per token.
+Y MoE layers of a stack, N tokens (without padding), K choices per token.
 """
 
-import json
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,48 +15,75 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
+from moekit.analysis.trace_file import FIELDS, STACKS, read_trace, write_trace
 from moekit.data.batch import Batch, pad_pairs, tokenize_prompt
 from moekit.data.span_corruption import Corpus
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
-from moekit.errors import unknown
-from moekit.model.batching import length_groups
+from moekit.errors import not_finite, unknown
+from moekit.model.decoding import length_groups
 from moekit.model.transformer import EncoderDecoder
+from moekit.moe.layer import TokenRouting
 from moekit.sharding import shard_batch
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
 class StackTrace:
-    """One stack's routing; padding is not in it."""
+    """The routing of one stack's tokens, without padding.
 
-    token: Int[np.ndarray, "N"]  # id of the token that was routed
-    example: Int[np.ndarray, "N"]  # index into the trace's examples
+    Args:
+      token: id of the token that was routed.
+      example: index of its example in the trace.
+      position: position in the example.
+      expert: chosen experts; -1 where there is no choice.
+      weight: combine weights; 0 where dropped.
+      kept: whether the choice was dispatched, not dropped.
+      entropy: entropy of the router's probabilities, in nats.
+    """
+
+    token: Int[np.ndarray, "N"]
+    example: Int[np.ndarray, "N"]
     position: Int[np.ndarray, "N"]
-    expert: Int[np.ndarray, "Y N K"]  # -1: no choice
-    weight: Float[np.ndarray, "Y N K"]  # combine weight, 0 where dropped
-    kept: Bool[np.ndarray, "Y N K"]  # the choice found a slot
-    entropy: Float[np.ndarray, "Y N"]  # of the router's probabilities, nats
+    expert: Int[np.ndarray, "Y N K"]
+    weight: Float[np.ndarray, "Y N K"]
+    kept: Bool[np.ndarray, "Y N K"]
+    entropy: Float[np.ndarray, "Y N"]
 
 
 @dataclass(frozen=True)
 class RouterTrace:
-    """The routing of a set of prompts by one model."""
+    """The routing of a set of prompts by one model.
+
+    Args:
+      stacks: by "encoder" and "decoder". Prompts without a target have no decoder tokens, and a
+        trace of such prompts alone has no decoder.
+      tasks, clusters, domains: labels of each example.
+      truncated: number of inputs that were cut to fit.
+    """
 
     model: str
     num_experts: int
-    stacks: dict[str, StackTrace]  # "encoder", "decoder"
-    tasks: tuple[str, ...]  # of each example
+    stacks: dict[str, StackTrace]
+    tasks: tuple[str, ...]
     clusters: tuple[str, ...]
     domains: tuple[str, ...]
-    truncated: int = 0  # inputs that were cut to fit
+    truncated: int = 0
 
     def stack(self, name: str) -> StackTrace:
-        if name not in self.stacks:
-            raise unknown("stack of this trace", name, self.stacks)
-        return self.stacks[name]
+        """The routing of a stack.
+
+        Raises:
+          ValueError: the trace has no such stack.
+        """
+        if name in self.stacks:
+            return self.stacks[name]
+        if name in STACKS:
+            raise ValueError(
+                f"this trace has no {name}, only {', '.join(self.stacks)}: its prompts have no "
+                "targets, or the model has no MoE layer there"
+            )
+        raise unknown("stack of this trace", name, self.stacks)
 
     def labels(self, by: str) -> tuple[str, ...]:
         """Label of each example: by "domain", "task" or "cluster"."""
@@ -67,84 +93,80 @@ class RouterTrace:
         return names[by]
 
     def save(self, path: str | Path) -> None:
-        """Write a compressed .npz of plain arrays (no pickle)."""
-        small = {"token": np.int32, "example": np.int32, "position": np.int16}
-        small |= {"expert": np.int16, "weight": np.float16, "entropy": np.float16}
-        arrays = {}
-        for name, stack in self.stacks.items():
-            for field in fields(stack):
-                array = getattr(stack, field.name)
-                arrays[f"{name}.{field.name}"] = array.astype(small.get(field.name, array.dtype))
+        """Write a compressed .npz file of plain arrays (no pickle).
+
+        Raises:
+          ValueError: the trace is too large to be loaded (400 MB of arrays).
+        """
+        stacks = {}
+        for stack_name, stack in self.stacks.items():
+            stacks[stack_name] = {field: getattr(stack, field) for field in FIELDS}
         header = {
-            "format": FORMAT,
             "model": self.model,
             "num_experts": self.num_experts,
             "truncated": self.truncated,
             "labels": [self.tasks, self.clusters, self.domains],
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        try:
-            np.savez_compressed(partial, header=np.array(json.dumps(header)), **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_trace(path, header, stacks)
 
     @classmethod
     def load(cls, path: str | Path) -> "RouterTrace":
-        """Read what `save` wrote; ValueError if it is something else or damaged."""
-        try:
-            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                arrays = {name: file[name] for name in file.files if name != "header"}
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a routing trace, or damaged ({error})") from None
-        if header.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has trace format {header.get('format')}, this reads {FORMAT}: trace again"
-            )
-        stacks = {}
-        for name in dict.fromkeys(key.split(".")[0] for key in arrays):
-            own = {f.name: arrays[f"{name}.{f.name}"] for f in fields(StackTrace)}
-            for float_field in ("weight", "entropy"):
-                own[float_field] = own[float_field].astype(np.float32)
-            for int_field in ("position", "expert"):
-                own[int_field] = own[int_field].astype(np.int32)
-            stacks[name] = StackTrace(**own)
-        labels = (tuple(each) for each in header["labels"])
-        return cls(header["model"], header["num_experts"], stacks, *labels, header["truncated"])
+        """Read a file that `save` wrote.
+
+        Raises:
+          ValueError: the file is something else, is damaged, or is too large (400 MB of arrays).
+        """
+        header, stacks = read_trace(path)
+        tasks, clusters, domains = header["labels"]
+        return cls(
+            model=header["model"],
+            num_experts=header["num_experts"],
+            stacks={name: StackTrace(**arrays) for name, arrays in stacks.items()},
+            tasks=tuple(tasks),
+            clusters=tuple(clusters),
+            domains=tuple(domains),
+            truncated=header["truncated"],
+        )
 
 
 def text_prompts(
-    corpus: Corpus, per_domain: int = 64, *, characters: int = 600, split: str = "valid", seed=0
+    corpus: Corpus,
+    per_domain: int = 64,
+    *,
+    characters: int = 600,
+    split: str = "valid",
+    seed: int = 0,
 ) -> list[Prompt]:
-    """Pieces of raw text labelled by domain: as many of each, drawn from random documents.
+    """Pieces of raw text labelled by domain, the same number of each, from random documents.
 
-    They have no target, so that mostly the encoder routes.
+    They have no target: only the encoder is traced.
     """
-    by_domain: dict[str, list] = {}
+    texts_of_domain: dict[str, list[str]] = {}
     for document in corpus.documents(split):
-        by_domain.setdefault(document.domain, []).append(document)
+        texts_of_domain.setdefault(document.domain, []).append(document.text)
     prompts = []
-    for domain, documents in sorted(by_domain.items()):
-        rng = stable_random("text", corpus.name, domain, seed)
-        for i in range(per_domain):
-            text = rng.choice(documents).text
-            start = rng.randrange(max(1, len(text) - characters))
-            piece = text[start : start + characters]
-            identity = f"{domain}/{i}"
-            prompts.append(
-                Prompt(piece, "", task="text", cluster="text", domain=domain, id=identity)
+    for domain, texts in sorted(texts_of_domain.items()):
+        generator = stable_random("text", corpus.name, domain, seed)
+        for index in range(per_domain):
+            text = generator.choice(texts)
+            start = generator.randrange(max(1, len(text) - characters))
+            prompt = Prompt(
+                input=text[start : start + characters],
+                target="",
+                task="text",
+                cluster="text",
+                domain=domain,
+                id=f"{domain}/{index}",
             )
+            prompts.append(prompt)
     return prompts
 
 
 @lru_cache(maxsize=8)
-def _compiled(graphdef):
-    def route(state, batch: Batch):
-        out = nnx.merge(graphdef, state)(batch, trace=True)
-        return out.routing
+def _compiled_routing(graphdef: nnx.GraphDef) -> Callable[..., dict[str, TokenRouting]]:
+    def route(state: nnx.State, batch: Batch) -> dict[str, TokenRouting]:
+        model = nnx.merge(graphdef, state)
+        return model(batch, trace=True).routing
 
     return jax.jit(route)
 
@@ -158,69 +180,122 @@ def trace_routing(
     target_length: int = 128,
     tokenizer: Tokenizer | None = None,
 ) -> RouterTrace:
-    """Run prompts with teacher forcing and record every router's decisions.
+    """Run prompts with teacher forcing and record the decisions of all routers.
 
     Args:
-      input_length: longest input (default the model's max_length); longer ones are cut from the
-        left and counted, targets from the right.
+      input_length: longest input, default the model's max_length. Longer inputs are cut from the
+        left and counted.
+      target_length: longest target. Longer targets are cut from the right.
 
     Raises:
-      ValueError: the model is dense, or there are no prompts.
+      ValueError: the model is dense or its parameters are not finite, or there is nothing to
+        trace: no prompts, or no targets for a model without MoE layers in the encoder.
     """
     if not model.cfg.num_experts:
         raise ValueError(f"{model.cfg.name} is dense: it has no routing to trace")
     if not prompts:
         raise ValueError("no prompts to trace")
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    longest = min(input_length or model.cfg.max_length, model.cfg.max_length)
-    limits = {"input_length": longest, "target_length": target_length}
-    pairs = [tokenize_prompt(prompt, tokenizer, **limits) for prompt in prompts]
-    truncated = sum(len(tokenizer.encode(prompt.input)) >= longest for prompt in prompts)
-    lengths = [len(pair["inputs"]) for pair in pairs]
-    graphdef, state = nnx.split(model)
-    run, parts = _compiled(graphdef), {}
-    groups = list(length_groups(lengths, longest, batch_size, mesh=model.mesh))
-    for rows, size, count in tqdm(groups, desc="trace", unit="batch", leave=False):
-        chosen = [pairs[i] for i in rows]
-        batch = pad_pairs(chosen, input_length=size, target_length=target_length)
-        fill = ((0, count - len(rows)), (0, 0))
-        batch = jax.tree.map(lambda x, fill=fill: np.pad(x, fill), batch)
-        for name, routing in to_host(run(state, shard_batch(batch, model.mesh))).items():
-            parts.setdefault(name, []).append(_tokens(name, batch, rows, routing))
-    stacks = {name: _joined(each) for name, each in parts.items()}
+    input_length = min(input_length or model.cfg.max_length, model.cfg.max_length)
+    pairs = [
+        tokenize_prompt(prompt, tokenizer, input_length=input_length, target_length=target_length)
+        for prompt in prompts
+    ]
+    lengths = [len(tokenizer.encode(prompt.input)) + 1 for prompt in prompts]
+    stacks = _trace_pairs(model, pairs, input_length, target_length, batch_size)
+    if not stacks:
+        raise ValueError(
+            f"nothing to trace: only the decoder of {model.cfg.name} has MoE layers, and the "
+            "prompts have no targets"
+        )
     return RouterTrace(
-        model.cfg.name,
-        model.cfg.num_experts,
-        stacks,
-        *(tuple(getattr(p, field) for p in prompts) for field in ("task", "cluster", "domain")),
-        truncated=truncated,
+        model=model.cfg.name,
+        num_experts=model.cfg.num_experts,
+        stacks=stacks,
+        tasks=tuple(prompt.task for prompt in prompts),
+        clusters=tuple(prompt.cluster for prompt in prompts),
+        domains=tuple(prompt.domain for prompt in prompts),
+        truncated=sum(length > input_length for length in lengths),
     )
 
 
-def _tokens(name: str, batch: Batch, rows, routing) -> StackTrace:
-    """The real tokens of a batch. In the decoder a token is the one that was read."""
-    if name == "encoder":
-        ids, real, positions = batch.inputs, batch.input_segments > 0, batch.input_positions
+def _trace_pairs(
+    model: EncoderDecoder,
+    pairs: Sequence[Mapping[str, Any]],
+    input_length: int,
+    target_length: int,
+    batch_size: int,
+) -> dict[str, StackTrace]:
+    """The routing of pairs of token ids ("inputs", "targets") in each stack with MoE layers."""
+    graphdef, state = nnx.split(model)
+    route = _compiled_routing(graphdef)
+    has_target = np.array([len(pair["targets"]) > 1 for pair in pairs])  # more than EOS
+    parts: dict[str, list[StackTrace]] = {name: [] for name in STACKS}
+    lengths = [len(pair["inputs"]) for pair in pairs]
+    groups = list(length_groups(lengths, input_length, batch_size, mesh=model.mesh))
+    for indices, length, num_rows in tqdm(groups, desc="trace", unit="batch", leave=False):
+        group = [pairs[index] for index in indices]
+        batch = pad_pairs(group, input_length=length, target_length=target_length)
+        batch = _with_empty_rows(batch, num_rows)
+        examples = np.zeros(num_rows, np.int32)
+        examples[: len(indices)] = indices
+        routing = to_host(route(state, shard_batch(batch, model.mesh)))
+        for name, stack_routing in routing.items():
+            part = _stack_tokens(name, batch, examples, has_target[examples], stack_routing)
+            if not np.isfinite(part.entropy).all():
+                raise not_finite(model.cfg.name)
+            parts[name].append(part)
+    stacks = {name: _concatenate(traces) for name, traces in parts.items() if traces}
+    return {name: stack for name, stack in stacks.items() if len(stack.token)}
+
+
+def _with_empty_rows(batch: Batch, num_rows: int) -> Batch:
+    """The batch, filled up with rows of padding."""
+    missing = num_rows - len(batch.inputs)
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, missing), (0, 0)))
+
+    return jax.tree.map(pad, batch)
+
+
+def _stack_tokens(
+    stack: str,
+    batch: Batch,
+    examples: Int[np.ndarray, "B"],
+    has_target: Bool[np.ndarray, "B"],
+    routing: TokenRouting,
+) -> StackTrace:
+    """The routing of a batch's tokens. The decoder's tokens are its inputs, shifted targets."""
+    if stack == "encoder":
+        token = batch.inputs
+        position = batch.input_positions
+        real = batch.input_segments > 0
     else:
-        real, positions = batch.target_segments > 0, batch.target_positions
-        ids = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)))
-        ids = np.where(ids == EOS, 0, ids)
-    example = np.zeros(len(real), np.int32)
-    example[: len(rows)] = rows
+        shifted = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)))
+        token = np.where(shifted == EOS, 0, shifted)
+        position = batch.target_positions
+        real = (batch.target_segments > 0) & has_target[:, None]
+    example = np.broadcast_to(examples[:, None], real.shape)
     return StackTrace(
-        ids[real],
-        np.broadcast_to(example[:, None], real.shape)[real],
-        positions[real],
-        routing.expert[:, real],
-        routing.weight[:, real],
-        routing.kept[:, real],
-        routing.entropy[:, real],
+        token=token[real],
+        example=example[real],
+        position=position[real],
+        expert=routing.expert[:, real],
+        weight=routing.weight[:, real],
+        kept=routing.kept[:, real],
+        entropy=routing.entropy[:, real],
     )
 
 
-def _joined(parts: Sequence[StackTrace]) -> StackTrace:
-    def join(field: str):
-        arrays = [getattr(part, field) for part in parts]
-        return np.concatenate(arrays, axis=1 if arrays[0].ndim > 1 else 0)
-
-    return StackTrace(**{field.name: join(field.name) for field in fields(StackTrace)})
+def _concatenate(traces: Sequence[StackTrace]) -> StackTrace:
+    """The tokens of several traces of one stack."""
+    return StackTrace(
+        token=np.concatenate([trace.token for trace in traces]),
+        example=np.concatenate([trace.example for trace in traces]),
+        position=np.concatenate([trace.position for trace in traces]),
+        expert=np.concatenate([trace.expert for trace in traces], axis=1),
+        weight=np.concatenate([trace.weight for trace in traces], axis=1),
+        kept=np.concatenate([trace.kept for trace in traces], axis=1),
+        entropy=np.concatenate([trace.entropy for trace in traces], axis=1),
+    )

@@ -1,221 +1,35 @@
-"""Evaluation: options are ranked by likelihood, free answers decoded and matched.
+"""Evaluation of a model on a suite: prompts are built, answered and scored."""
 
-Q queries of a batch, R rows (a query with one of its options), L input length, T target length.
-"""
-
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from moekit.data.suites import Suite
 from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
-from moekit.distributed import to_host
-from moekit.evaluation.scores import (
-    Difference,
-    Scores,
-    TaskScore,
-    commonest,
-    compare,
-    exact_match,
-    extract_answer,
-    rouge_l,
-)
-from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.evaluation.answers import exact_match, extract_answer, most_frequent, rouge_l
+from moekit.evaluation.likelihood import rank_encoded
+from moekit.evaluation.scores import Scores, TaskScore
 from moekit.model.decoding import generate_ids
-from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
-from moekit.sharding import shard_batch
+from moekit.model.transformer import EncoderDecoder
 
-__all__ = ["Difference", "Scores", "compare", "evaluate", "evaluation_callback", "rank_options"]
-QUERIES = 16  # of a batch, with four times as many options
-ANSWER, RATIONALE = 64, 256  # tokens of a decoded answer, without and with reasoning
+ANSWER_TOKENS = 64  # of a generated answer
+CHAIN_OF_THOUGHT_TOKENS = 256  # of a generated answer with its reasoning
 
-
-@functools.lru_cache(maxsize=16)
-def _compiled_scores(graphdef):
-    def score(
-        state,
-        inputs: Int[Array, "Q L"],
-        segments: Int[Array, "Q L"],
-        owner: Int[Array, "R"],
-        targets: Int[Array, "R T"],
-        weights: Float[Array, "R T"],
-    ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
-        """Log-probability of each row and whether greedy decoding would say it; every query is
-        encoded once."""
-        model = nnx.merge(graphdef, state)
-        encoded = model.encode(inputs, segments)
-        encoded = Encoded(encoded.states[owner], encoded.segments[owner], {}, None)
-        positions = jnp.broadcast_to(jnp.arange(targets.shape[1]), targets.shape)
-        real = (weights > 0).astype(jnp.int32)
-        logits = model.decode(encoded, shift_right(targets, positions), real).logits
-        log_probs = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-        greedy = (logits.argmax(-1) == targets) | (weights == 0)
-        return (chosen * weights).sum(-1), greedy.all(-1)
-
-    return jax.jit(score)
-
-
-class Likelihood(NamedTuple):
-    """Of a text after an input: log-probability (nats), tokens (both with the end of sequence),
-    and whether greedy decoding would say it."""
-
-    log_prob: float
-    tokens: int
-    greedy: bool
-
-
-def likelihoods(
-    model: EncoderDecoder, inputs: Sequence[list[int]], options: Sequence[Sequence[list[int]]]
-) -> list[list[Likelihood]]:
-    """How likely each option of each input is; all are token ids that end in end of sequence."""
-    graphdef, state = nnx.split(model)
-    score = _compiled_scores(graphdef)
-    found: list[list[Likelihood]] = [[] for _ in inputs]
-    counts = list(map(len, options))
-    groups = list(
-        length_groups(
-            list(map(len, inputs)), model.cfg.max_length, QUERIES, counts, mesh=model.mesh
-        )
-    )
-    for indices, length, rows in tqdm(groups, desc="rank options", unit="batch", leave=False):
-        queries = input_rows([inputs[i] for i in indices], length, rows, model.mesh)
-        targets = _target_rows([options[i] for i in indices], rows, model)
-        log_probs, greedy = to_host(score(state, *queries, *targets))
-        at = 0
-        for i in indices:
-            for row, option in enumerate(options[i], at):
-                said = Likelihood(float(log_probs[row]), len(option), bool(greedy[row]))
-                found[i].append(said)
-            at += counts[i]
-    return found
-
-
-def _target_rows(options: Sequence[Sequence[list[int]]], queries: int, model) -> tuple:
-    """Arrays of fixed shape for the compiled score: owner, targets, weights."""
-    flat = [ids for each in options for ids in each]
-    owners = [i for i, each in enumerate(options) for _ in each]
-    rows, width = -(-len(flat) // (4 * queries)) * 4 * queries, 16
-    while width < max(map(len, flat)):
-        width *= 2
-    targets, weights = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
-    for i, ids in enumerate(flat):
-        targets[i, : len(ids)], weights[i, : len(ids)] = ids, 1
-    owner = np.pad(np.array(owners, np.int32), (0, rows - len(owners)))
-    return shard_batch((owner, targets, weights), model.mesh)
-
-
-def rank_options(
-    model: EncoderDecoder, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
-) -> list[int]:
-    """The most likely option of each prompt, by mean log-probability of its tokens."""
-    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    ids = encode_inputs([prompt.input for prompt in prompts], tokenizer, model.cfg.max_length)
-    return _ranked(model, ids, prompts, tokenizer)
-
-
-def _ranked(model, inputs, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[int]:
-    options = [[[*tokenizer.encode(o), EOS] for o in prompt.options] for prompt in prompts]
-    found = likelihoods(model, inputs, options)
-    return [int(np.argmax([each.log_prob / each.tokens for each in row])) for row in found]
+Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True)
 class _Question:
-    """An example of a task as it is asked."""
+    """An example of a task with its prompt and the token ids of its input."""
 
     task: Task
     example: Example
     prompt: Prompt
-    ids: list[int]  # of the input
-
-
-def _questions(task: Task, suite: Suite, limit, seed, tokenizer, longest):
-    """The task's questions (a fixed sample if limited), and how many exemplars did not fit."""
-    examples = list(task.examples(suite.split)[: suite.first])
-    if limit is not None and limit < len(examples):
-        picks = stable_random(seed, task.name, suite.split).sample(range(len(examples)), limit)
-        examples = [examples[i] for i in sorted(picks)]
-    pool = _exemplars(task, suite.chain_of_thought) if suite.shots else []
-    kind = {"options": suite.options, "style": suite.style}
-    kind["chain_of_thought"] = suite.chain_of_thought
-    questions, dropped = [], 0
-    for example in examples:
-        rng = stable_random(seed, task.name, example.id)
-        usable = [e for e in pool if e.id != example.id]
-        # a pool of just so many is a published list in its order
-        several = len(usable) > suite.shots
-        drawn = rng.sample(usable, suite.shots) if several else usable
-        while True:
-            prompt = format_prompt(task, example, shots=drawn, **kind)
-            ids = [*tokenizer.encode(prompt.input), EOS]
-            if len(ids) <= longest:
-                break
-            if not drawn:
-                raise ValueError(
-                    f"{task.name} {example.id}: the question alone is {len(ids)} tokens, the model "
-                    f"reads {longest}: use cfg.replace(max_length={len(ids)}) or leave the task out"
-                )
-            drawn, dropped = drawn[1:], dropped + 1
-        questions.append(_Question(task, example, prompt, ids))
-    return questions, dropped
-
-
-def _exemplars(task: Task, thought: bool) -> list[Example]:
-    try:
-        pool = list(task.examples("train"))
-    except ValueError:
-        raise ValueError(
-            f"task {task.name} has no exemplars (no train split): use shots=0"
-        ) from None
-    # where any exemplar shows a chain of thought, all should; else they show the form of the answer
-    return [e for e in pool if e.rationale or not thought] or pool
-
-
-def _answered(questions: Sequence[_Question], suite: Suite, model, tokenizer, most) -> list[str]:
-    """The model's answer to every question: an option, or free text."""
-    answers = [""] * len(questions)
-    ranked = [i for i, q in enumerate(questions) if q.prompt.options and suite.ranked]
-    chosen = [questions[i] for i in ranked]
-    best = _ranked(model, [q.ids for q in chosen], [q.prompt for q in chosen], tokenizer)
-    for i, question, at in zip(ranked, chosen, best, strict=True):
-        answers[i] = question.prompt.options[at]
-    free = sorted(set(range(len(questions))) - set(ranked))
-    said = generate_ids(model, [questions[i].ids for i in free], max_new_tokens=most)
-    for i, ids in zip(free, said, strict=True):
-        answers[i] = tokenizer.decode(ids)
-    return answers
-
-
-def _score(task: Task, questions: Sequence[_Question], answers, suite: Suite) -> TaskScore:
-    choices = all(q.example.options for q in questions)
-    rouge = task.metric == "rouge_l" and not (choices and suite.ranked)
-    ranked = choices and suite.ranked and not suite.chain_of_thought
-    measure = rouge_l if rouge else exact_match
-    values, majority = [], commonest([q.example.answer for q in questions])
-    for question, answer in zip(questions, answers, strict=True):
-        prompt, example = question.prompt, question.example
-        if prompt.options and suite.ranked:
-            values.append(float(answer == prompt.target))
-        else:
-            if suite.chain_of_thought:
-                answer = extract_answer(answer, example.answer, example.options)
-            values.append(measure(answer, prompt.references))
-    accepted = [(q.example.answer, *q.example.references) for q in questions]
-    baseline = np.mean([measure(majority, references) for references in accepted])
-    guesses = [1 / len(q.example.options) if q.example.options else 0.0 for q in questions]
-    chance = 0.0 if rouge else float(np.mean(guesses))
-    metric = "accuracy" if ranked else "rouge_l" if rouge else "exact_match"
-    return TaskScore.of(task.name, task.cluster, metric, values, chance, float(baseline))
+    input_ids: list[int]
 
 
 def evaluate(
@@ -231,51 +45,238 @@ def evaluate(
     max_new_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Scores:
-    """Ask every question of a suite and score the answers.
+    """Score a model's answers to every example of a suite.
 
-    An example with options is answered by the most likely one (mean log-probability of its
-    tokens), any other, and every chain of thought, by greedy decoding, scored by exact match or
-    ROUGE-L as its task says. What is left at None is the suite's own way of asking.
+    The answer to an example with options is the most likely option (mean log-probability of its
+    tokens). Other answers, and all chains of thought, are generated by greedy decoding and scored
+    by exact match or ROUGE-L, as the task says. Settings that are None are the suite's own.
 
     Args:
-      shots: exemplars from each task's "train" split; left out from the front until they fit.
-      limit: at most so many questions a task, a fixed sample.
-      options: show the options in the question (they are ranked all the same).
+      shots: exemplars from each task's "train" split. The example itself is never among them. The
+        first ones are left out where the input would be longer than the model's max_length.
+      split: split that the examples come from.
+      limit: evaluate at most this many examples of a task, a fixed sample.
+      seed: selects exemplars and samples.
+      options: list the options in the prompt (they are ranked in any case).
+      chain_of_thought: generate the reasoning first.
       max_new_tokens: default 64, or 256 for a chain of thought.
 
     Raises:
-      ValueError: a question alone is longer than the model's max_length, a task has no exemplars
-        or no such split, or there are no questions.
+      ValueError: an example without exemplars is longer than the model's max_length, a task has
+        no exemplars or no such split, there are no examples, or the model's parameters are not
+        finite.
     """
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    suite = suite if isinstance(suite, Suite) else Suite("tasks", tuple(suite))
-    given = {"shots": shots, "split": split, "options": options}
-    given["chain_of_thought"] = chain_of_thought
-    suite = replace(suite, **{name: v for name, v in given.items() if v is not None})
-    most = max_new_tokens or (RATIONALE if suite.chain_of_thought else ANSWER)
-    asked, dropped = {}, 0
-    for task in tqdm(suite.tasks, desc="questions", unit="task", leave=False):
-        questions, lost = _questions(task, suite, limit, seed, tokenizer, model.cfg.max_length)
-        asked[task] = questions
-        dropped += lost
-    empty = tuple(task.name for task, questions in asked.items() if not questions)
-    everything = [q for questions in asked.values() for q in questions]
-    if not everything:
+    if not isinstance(suite, Suite):
+        suite = Suite("tasks", tuple(suite))
+    suite = replace(
+        suite,
+        shots=_setting(shots, suite.shots),
+        split=_setting(split, suite.split),
+        options=_setting(options, suite.options),
+        chain_of_thought=_setting(chain_of_thought, suite.chain_of_thought),
+    )
+    default_tokens = CHAIN_OF_THOUGHT_TOKENS if suite.chain_of_thought else ANSWER_TOKENS
+    max_new_tokens = _setting(max_new_tokens, default_tokens)
+
+    questions: list[_Question] = []
+    for task in tqdm(suite.tasks, desc="prompts", unit="task", leave=False):
+        questions += _questions(task, suite, limit, seed, tokenizer, model.cfg.max_length)
+    if not questions:
         raise ValueError(f"suite {suite.name} has no questions in its split {suite.split!r}")
-    answers = iter(_answered(everything, suite, model, tokenizer, most))
-    rows = [
-        _score(task, questions, [next(answers) for _ in questions], suite)
-        for task, questions in asked.items()
-        if questions
-    ]
-    name = f"{model.cfg.name} on {suite.name}"
-    return Scores(name, tuple(rows), suite.shots, dropped, suite.missing + empty)
+    answers = _answers(questions, suite, model, tokenizer, max_new_tokens)
+    return _scores(model.cfg.name, suite, questions, answers)
 
 
-def evaluation_callback(suite: Suite | Sequence[Task], name: str = "score", **kwargs) -> Callable:
-    """A callback for `train`: logs the mean score under `name`."""
+def _setting(value: Setting | None, default: Setting) -> Setting:
+    return default if value is None else value
+
+
+def evaluation_callback(
+    suite: Suite | Sequence[Task], name: str = "score", **kwargs: Any
+) -> Callable[[int, EncoderDecoder], dict[str, float]]:
+    """A callback for `train` that logs the mean score under `name`.
+
+    Args:
+      kwargs: further arguments of `evaluate`.
+    """
 
     def callback(step: int, model: EncoderDecoder) -> dict[str, float]:
         return {name: evaluate(model, suite, **kwargs).mean.score}
 
     return callback
+
+
+def _questions(
+    task: Task,
+    suite: Suite,
+    limit: int | None,
+    seed: int,
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> list[_Question]:
+    """The task's examples with their prompts; a fixed sample of them if they are limited."""
+    examples = list(task.examples(suite.split)[: suite.first])
+    if limit is not None and limit < len(examples):
+        generator = stable_random(seed, task.name, suite.split)
+        picks = generator.sample(range(len(examples)), limit)
+        examples = [examples[index] for index in sorted(picks)]
+    exemplars = _exemplars(task, suite.chain_of_thought) if suite.shots else []
+    exemplar_keys = {_question_key(exemplar) for exemplar in exemplars}
+    questions = []
+    for example in examples:
+        usable = exemplars
+        key = _question_key(example)
+        if key in exemplar_keys:
+            usable = [exemplar for exemplar in exemplars if _question_key(exemplar) != key]
+        shots = usable  # a published list, in its order
+        if len(usable) > suite.shots:
+            shots = stable_random(seed, task.name, example.id).sample(usable, suite.shots)
+        question = _fitting_question(task, example, shots, suite, tokenizer, max_length)
+        questions.append(question)
+    return questions
+
+
+def _exemplars(task: Task, chain_of_thought: bool) -> list[Example]:
+    """The task's training examples; for chains of thought, those with a rationale if any have."""
+    try:
+        examples = list(task.examples("train"))
+    except ValueError:
+        raise ValueError(
+            f"task {task.name} has no exemplars (no train split): use shots=0"
+        ) from None
+    if not chain_of_thought:
+        return examples
+    return [example for example in examples if example.rationale] or examples
+
+
+def _question_key(example: Example) -> tuple[str, ...]:
+    """What two examples of one question have in common, whatever their ids: fields and options,
+    without case and white space."""
+    texts = (*example.fields.values(), *sorted(example.options))
+    return tuple(" ".join(text.lower().split()) for text in texts)
+
+
+def _fitting_question(
+    task: Task,
+    example: Example,
+    shots: Sequence[Example],
+    suite: Suite,
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> _Question:
+    """The example's prompt with as many of the exemplars, from the last, as the model can read."""
+    for start in range(len(shots) + 1):
+        prompt = format_prompt(
+            task,
+            example,
+            shots=shots[start:],
+            options=suite.options,
+            style=suite.style,
+            chain_of_thought=suite.chain_of_thought,
+        )
+        input_ids = [*tokenizer.encode(prompt.input), EOS]
+        if len(input_ids) <= max_length:
+            return _Question(task, example, prompt, input_ids)
+    raise ValueError(
+        f"{task.name} {example.id}: the question alone is {len(input_ids)} tokens, but the model "
+        f"reads {max_length}: use cfg.replace(max_length={len(input_ids)}) or leave the task out"
+    )
+
+
+def _answers(
+    questions: Sequence[_Question],
+    suite: Suite,
+    model: EncoderDecoder,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+) -> list[str]:
+    """The model's answer to every question: its most likely option, or a generated text."""
+    ranked = [index for index, each in enumerate(questions) if _is_ranked(each, suite)]
+    generated = [index for index, each in enumerate(questions) if not _is_ranked(each, suite)]
+    answers = [""] * len(questions)
+
+    inputs = [questions[index].input_ids for index in ranked]
+    prompts = [questions[index].prompt for index in ranked]
+    best = rank_encoded(model, inputs, prompts, tokenizer)
+    for index, prompt, option in zip(ranked, prompts, best, strict=True):
+        answers[index] = prompt.options[option]
+
+    inputs = [questions[index].input_ids for index in generated]
+    outputs = generate_ids(model, inputs, max_new_tokens=max_new_tokens)
+    for index, output_ids in zip(generated, outputs, strict=True):
+        answers[index] = tokenizer.decode(output_ids)
+    return answers
+
+
+def _is_ranked(question: _Question, suite: Suite) -> bool:
+    """Whether the answer is the most likely option; prompts of chains of thought list none."""
+    return suite.ranked and bool(question.prompt.options)
+
+
+def _scores(
+    model_name: str, suite: Suite, questions: Sequence[_Question], answers: Sequence[str]
+) -> Scores:
+    """The scores of all tasks that have questions."""
+    rows = []
+    missing = list(suite.missing)
+    for task in suite.tasks:
+        indices = [index for index, each in enumerate(questions) if each.task is task]
+        if not indices:
+            missing.append(task.name)
+            continue
+        task_questions = [questions[index] for index in indices]
+        task_answers = [answers[index] for index in indices]
+        rows.append(_task_score(task, task_questions, task_answers, suite))
+    dropped_shots = sum(suite.shots - question.prompt.shots for question in questions)
+    return Scores(
+        name=f"{model_name} on {suite.name}",
+        rows=tuple(rows),
+        shots=suite.shots,
+        dropped_shots=dropped_shots,
+        missing=tuple(missing),
+        split=suite.split,
+    )
+
+
+def _task_score(
+    task: Task, questions: Sequence[_Question], answers: Sequence[str], suite: Suite
+) -> TaskScore:
+    """The score of a task from the answers to its questions."""
+    ranked = suite.ranked and all(question.example.options for question in questions)
+    if task.metric == "rouge_l" and not ranked:
+        metric, measure = "rouge_l", rouge_l
+    elif ranked and not suite.chain_of_thought:
+        metric, measure = "accuracy", exact_match
+    else:
+        metric, measure = "exact_match", exact_match
+
+    values = []
+    for question, answer in zip(questions, answers, strict=True):
+        if _is_ranked(question, suite):
+            values.append(float(answer == question.prompt.target))
+            continue
+        if suite.chain_of_thought:
+            example = question.example
+            answer = extract_answer(answer, example.answer, example.options)
+        values.append(measure(answer, question.prompt.references))
+
+    chance = 0.0 if metric == "rouge_l" else _chance(questions)
+    majority = _majority(questions, measure)
+    return TaskScore.of(task.name, task.cluster, metric, values, chance, majority)
+
+
+def _chance(questions: Sequence[_Question]) -> float:
+    """Expected score of picking options at random; 0 for questions without options."""
+    counts = [len(question.example.options) for question in questions]
+    return float(np.mean([1 / count if count else 0.0 for count in counts]))
+
+
+def _majority(
+    questions: Sequence[_Question], measure: Callable[[str, Sequence[str]], float]
+) -> float:
+    """Score of always giving the most frequent answer."""
+    examples = [question.example for question in questions]
+    answer = most_frequent([example.answer for example in examples])
+    accepted = [(example.answer, *example.references) for example in examples]
+    return float(np.mean([measure(answer, references) for references in accepted]))

@@ -1,9 +1,9 @@
-"""Our encoder-decoder as a model of the lm-evaluation-harness, so that its task library runs.
+"""The encoder-decoder as a model of the lm-evaluation-harness, for its task library.
 
-Its own command line knows the model as "moekit" once this module is imported:
+The harness knows the model as "moekit" once this module is imported:
 `lm_eval.simple_evaluate("moekit", "checkpoint=runs/x", tasks=["arc_easy"])`. The context is the
-encoder's input and the continuation the decoder's text, so a continuation's leading space is
-dropped and its end of sequence counts.
+encoder's input and the continuation is the decoder's text, so the leading space of a continuation
+is removed and its end of sequence counts.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.errors import unknown
-from moekit.evaluation.evaluator import likelihoods
+from moekit.evaluation.likelihood import likelihoods
 from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
 from moekit.training.checkpoint import load
@@ -21,8 +21,10 @@ from moekit.training.checkpoint import load
 try:
     import lm_eval
     import lm_eval.tasks
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table  # noqa: F401 (for the command line)
 except ModuleNotFoundError as error:
     raise OSError(
@@ -30,20 +32,21 @@ except ModuleNotFoundError as error:
     ) from None
 
 log = logging.getLogger("moekit")
-MOST = 256  # tokens of an answer where a task does not say
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
-_KNOWN = {*_LIMITS, "until", "do_sample", "temperature"}
-# settings that change nothing
-_NEUTRAL = {"top_p": 1.0, "top_k": 0, "num_beams": 1, "repetition_penalty": 1.0}
+MAX_NEW_TOKENS = 256  # of an answer, where a task does not say
+DEFAULT_BATCH_SIZE = 32
+LENGTH_SETTINGS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+KNOWN_SETTINGS = {*LENGTH_SETTINGS, "until", "do_sample", "temperature"}
+# values of other settings that have no effect
+NEUTRAL_SETTINGS = {"top_p": 1.0, "top_k": 0, "num_beams": 1, "repetition_penalty": 1.0}
 
 
 @register_model("moekit")
 class MoekitLM(LM):
-    """Adapter around a model, or around the checkpoint of that path.
+    """Adapter around a model, or around the checkpoint at a path.
 
     Args:
-      batch_size: most texts decoded at a time; ranking batches by itself.
-      max_batch_size, device: given by the harness, not used; jax has the devices.
+      batch_size: most texts decoded at a time; options are ranked in batches of their own size.
+      max_batch_size, device: passed by the harness and not used; JAX chooses the devices.
     """
 
     def __init__(
@@ -60,112 +63,139 @@ class MoekitLM(LM):
             raise ValueError("give a model, or checkpoint= the path of one")
         self.model = model or load(checkpoint)
         self.tokens = tokenizer or load_tokenizer(self.model.cfg.tokenizer)
-        self.batch_size = int(batch_size) if str(batch_size or "").isdigit() else 32
+        given_size = str(batch_size or "")  # "auto" is not a number
+        self.batch_size = int(given_size) if given_size.isdigit() else DEFAULT_BATCH_SIZE
 
     @property
     def tokenizer_name(self) -> str:
         return f"moekit-{self.tokens.digest()}"
 
-    def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of contexts; too long ones lose their beginning and are counted."""
-        most, cut, rows = self.model.cfg.max_length - 1, 0, []
-        for text in texts:
-            ids = self.tokens.encode(text)
-            cut += len(ids) > most
-            rows.append([*ids[-most:], EOS])
-        if cut:
-            log.warning("%d of %d contexts were cut to their last %d tokens", cut, len(rows), most)
-        return rows
+    def _encode_contexts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of contexts; long ones are cut from the left and counted in the log."""
+        max_tokens = self.model.cfg.max_length - 1
+        contexts = [self.tokens.encode(text) for text in texts]
+        num_cut = sum(len(ids) > max_tokens for ids in contexts)
+        if num_cut:
+            log.warning(
+                "%d of %d contexts were cut to their last %d tokens",
+                num_cut,
+                len(contexts),
+                max_tokens,
+            )
+        return [[*ids[-max_tokens:], EOS] for ids in contexts]
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each (context, continuation), end of sequence included, and
-        whether greedy decoding would say it; a context is encoded once for all of its
-        continuations."""
-        by_context: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_context.setdefault(request.args[0], []).append(i)
-        options = [
-            [[*self.tokens.encode(requests[i].args[1].lstrip()), EOS] for i in indices]
-            for indices in by_context.values()
-        ]
-        found = likelihoods(self.model, self._contexts(list(by_context)), options)
+        whether greedy decoding generates it. A context is encoded once for all continuations."""
+        requests_of_context: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            context, _ = request.args
+            requests_of_context.setdefault(context, []).append(index)
+        options = []
+        for indices in requests_of_context.values():
+            texts = [requests[index].args[1].lstrip() for index in indices]
+            options.append([[*self.tokens.encode(text), EOS] for text in texts])
+        contexts = self._encode_contexts(list(requests_of_context))
+
         answers = [(0.0, False)] * len(requests)
-        for indices, row in zip(by_context.values(), found, strict=True):
-            for i, each in zip(indices, row, strict=True):
-                answers[i] = (each.log_prob, each.greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
+        results = likelihoods(self.model, contexts, options)
+        for indices, found in zip(requests_of_context.values(), results, strict=True):
+            for index, each in zip(indices, found, strict=True):
+                answers[index] = (each.log_prob, each.greedy)
+                arguments = requests[index].args
+                self.cache_hook.add_partial("loglikelihood", arguments, answers[index])
         return answers
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """What the model says to each (context, settings), cut before the first stop text; greedy
-        unless the settings ask for sampling.
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text generated for each (context, settings), cut before the first stop text.
+        Decoding is greedy unless the settings ask for sampling.
 
         Raises:
-          ValueError: settings that our decoding does not have, such as top_p.
+          ValueError: a setting that decoding does not support, such as top_p.
         """
-        by_setting: dict[tuple[int, float], list[int]] = {}
-        for i, request in enumerate(requests):
-            by_setting.setdefault(_decoding(request.args[1]), []).append(i)
+        requests_of_setting: dict[tuple[int, float], list[int]] = {}
+        for index, request in enumerate(requests):
+            _, settings = request.args
+            requests_of_setting.setdefault(_decoding(settings), []).append(index)
         answers = [""] * len(requests)
-        for (most, temperature), indices in by_setting.items():
-            said = generate_ids(
+        for (max_new_tokens, temperature), indices in requests_of_setting.items():
+            generated = generate_ids(
                 self.model,
-                self._contexts([requests[i].args[0] for i in indices]),
-                max_new_tokens=most,
+                self._encode_contexts([requests[index].args[0] for index in indices]),
+                max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 batch_size=self.batch_size,
             )
-            for i, ids in zip(indices, said, strict=True):
-                answers[i] = _until(self.tokens.decode(ids), requests[i].args[1].get("until"))
-                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+            for index, ids in zip(indices, generated, strict=True):
+                arguments = requests[index].args
+                stops = arguments[1].get("until")
+                answers[index] = _before_stop(self.tokens.decode(ids), stops)
+                self.cache_hook.add_partial("generate_until", arguments, answers[index])
         return answers
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Refused: an encoder-decoder gives a text no probability without an input."""
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Not supported: an encoder-decoder gives a text no probability without an input."""
         raise ValueError(
-            "loglikelihood_rolling asks for the probability of a text by itself, which an "
+            "loglikelihood_rolling needs the probability of a text without an input, which an "
             "encoder-decoder does not define: choose tasks that rank options or generate "
             "(perplexity tasks such as wikitext do not work)"
         )
 
 
 def _decoding(settings: Mapping[str, Any]) -> tuple[int, float]:
-    """Most tokens, and the temperature (0 for greedy)."""
-    for name, value in settings.items():
-        if name not in _KNOWN and value is not None and value != _NEUTRAL.get(name):
+    """Most new tokens, and the temperature (0 for greedy decoding)."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in KNOWN_SETTINGS and value != NEUTRAL_SETTINGS.get(name):
+            known = ", ".join(sorted(KNOWN_SETTINGS))
             raise ValueError(
-                f"the task asks for {name}={value}; moekit decodes greedily or with a temperature: "
-                f"override it with gen_kwargs (known: {', '.join(sorted(_KNOWN))})"
+                f"the task sets {name}={value}, but moekit decodes greedily or with a temperature: "
+                f"override it with gen_kwargs (known: {known})"
             )
-    most = next((int(settings[n]) for n in _LIMITS if settings.get(n) is not None), MOST)
-    sampled = settings.get("do_sample", bool(settings.get("temperature")))
-    return most, float(settings.get("temperature", 1.0)) if sampled else 0.0
+    lengths = [int(given[name]) for name in LENGTH_SETTINGS if name in given]
+    max_new_tokens = lengths[0] if lengths else MAX_NEW_TOKENS
+    temperature = float(given.get("temperature", 1.0))
+    is_sampled = given.get("do_sample", "temperature" in given)
+    return max_new_tokens, temperature if is_sampled else 0.0
 
 
-def _until(text: str, stops: str | Sequence[str] | None) -> str:
+def _before_stop(text: str, stops: str | Sequence[str] | None) -> str:
     """The text before the first stop text."""
-    for stop in [stops] if isinstance(stops, str) else stops or ():
-        text = text.split(stop)[0] if stop else text
+    if isinstance(stops, str):
+        stops = [stops]
+    for stop in filter(None, stops or ()):
+        text = text.split(stop)[0]
     return text
 
 
 def harness(
-    model: EncoderDecoder, tasks: Sequence[str | dict], *, shots: int | None = None, **kwargs
-) -> dict:
-    """Run tasks of the lm-evaluation-harness: names, paths of YAML files (which may `include` one
-    of its own and change settings), or configurations as dicts.
+    model: EncoderDecoder,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    shots: int | None = None,
+    task_manager: TaskManager | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Run tasks of the lm-evaluation-harness.
 
     Args:
-      shots: exemplars; default each task's own.
-      kwargs: further arguments of `lm_eval.simple_evaluate`, such as limit or task_manager.
+      tasks: names, paths of YAML files (which may `include` one of the harness and change its
+        settings), or configurations as dicts.
+      shots: exemplars; default: each task's own number.
+      task_manager: the harness's index of tasks; default: a new one.
+      kwargs: further arguments of `lm_eval.simple_evaluate`, such as limit.
 
     Returns:
       The harness's results; scores are under "results".
 
     Raises:
-      ValueError: a task that it does not know, or one that asks for perplexity.
+      ValueError: an unknown task, or one that needs perplexity.
     """
-    manager = kwargs.pop("task_manager", None) or lm_eval.tasks.TaskManager()
+    manager = task_manager or TaskManager()
     for task in tasks:
         if isinstance(task, str) and task not in manager.all_tasks and not Path(task).exists():
             raise unknown("harness task", task, manager.all_tasks)
