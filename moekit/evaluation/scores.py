@@ -61,7 +61,7 @@ class TaskScore:
         task: str,
         cluster: str,
         metric: str,
-        values: Sequence[float],
+        values: Sequence[float | int],
         chance: float,
         majority: float,
     ) -> "TaskScore":
