@@ -7,8 +7,9 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -104,7 +105,7 @@ def _uncompressed_size(path: str | Path) -> int:
     return total
 
 
-def _array_size(file: IO[bytes]) -> int:
+def _array_size(file: BufferedIOBase) -> int:
     """Bytes of the array of an .npy file, from its header."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
