@@ -5,7 +5,7 @@ Y MoE layers of a stack, N tokens (without padding), K choices per token.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moekit.data.tasks import Prompt, stable_random
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite, unknown
-from moekit.model.decoding import length_groups
+from moekit.model.batching import length_groups, pad_rows
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import TokenRouting
 from moekit.sharding import shard_batch
@@ -236,7 +236,7 @@ def _trace_pairs(
     for indices, length, num_rows in tqdm(groups, desc="trace", unit="batch", leave=False):
         group = [pairs[index] for index in indices]
         batch = pad_pairs(group, input_length=length, target_length=target_length)
-        batch = _with_empty_rows(batch, num_rows)
+        batch = jax.tree.map(partial(pad_rows, rows=num_rows), batch)
         examples = np.zeros(num_rows, np.int32)
         examples[: len(indices)] = indices
         routing = to_host(route(state, shard_batch(batch, model.mesh)))
@@ -247,16 +247,6 @@ def _trace_pairs(
             parts[name].append(part)
     stacks = {name: _concatenate(traces) for name, traces in parts.items() if traces}
     return {name: stack for name, stack in stacks.items() if len(stack.token)}
-
-
-def _with_empty_rows(batch: Batch, num_rows: int) -> Batch:
-    """The batch, filled up with rows of padding."""
-    missing = num_rows - len(batch.inputs)
-
-    def pad(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, missing), (0, 0)))
-
-    return jax.tree.map(pad, batch)
 
 
 def _stack_tokens(

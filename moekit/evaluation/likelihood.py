@@ -18,7 +18,7 @@ from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite
-from moekit.model.decoding import encode_inputs, input_rows, length_groups
+from moekit.model.batching import encode_inputs, input_rows, length_groups
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
 from moekit.sharding import shard_batch
 

@@ -7,7 +7,8 @@ import pytest
 import moekit as mk
 from moekit.data.batch import pad_pairs
 from moekit.data.tokenizer import EOS
-from moekit.model.decoding import bucket, generate_ids, length_groups, rows_at
+from moekit.model.batching import bucket_length, length_groups, num_rows
+from moekit.model.decoding import generate_ids
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,8 @@ def test_batches_hold_fewer_long_texts_and_split_over_the_mesh(mesh):
     assert sorted(i for group, _, _ in groups for i in group) == list(range(21))
     shards = 8 if mesh else 1
     for group, size, rows in groups:
-        assert size == bucket(max(lengths[i] for i in group), 4096)
-        assert rows == rows_at(size, 16, mesh)
+        assert size == bucket_length(max(lengths[i] for i in group), 4096)
+        assert rows == num_rows(size, 16, mesh)
         assert len(group) <= rows <= 16 and rows % shards == 0
         assert rows == shards or rows * size**2 <= 2**23
         assert sum(parts[i] for i in group) <= 64
