@@ -118,9 +118,11 @@ from .moe.routing import (
     TopK as TopK,
     assign as assign,
 )
+from .planning.compile_step import (
+    plan as plan,
+)
 from .planning.step_plan import (
     Plan as Plan,
-    plan as plan,
 )
 from .sharding import (
     make_mesh as make_mesh,

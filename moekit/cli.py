@@ -157,17 +157,33 @@ class Plan:
     json: bool = False
 
     def run(self) -> tuple[object, str]:
-        from moekit.planning.step_plan import Request, compile_in_child
+        from moekit.planning.compile_step import compile_in_child
+        from moekit.planning.request import PlanRequest
         from moekit.planning.sweep import ranking, sweep
 
-        lengths = (self.input_length, self.target_length)
-        options = (self.batch, *lengths, self.optimizer, self.remat)
         cfg = preset(self.preset)
         if not self.sweep:
-            request = Request(cfg, self.topology, _axes(self.mesh), *options)
+            request = PlanRequest(
+                cfg=cfg,
+                topology=self.topology,
+                mesh=_axes(self.mesh),
+                batch=self.batch,
+                input_length=self.input_length,
+                target_length=self.target_length,
+                optimizer=self.optimizer,
+                remat=self.remat,
+            )
             found = compile_in_child(request)
             return found.to_dict(), str(found)
-        plans = sweep(cfg, self.topology, *options)
+        plans = sweep(
+            cfg,
+            self.topology,
+            batch=self.batch,
+            input_length=self.input_length,
+            target_length=self.target_length,
+            optimizer=self.optimizer,
+            remat=self.remat,
+        )
         return [p.to_dict() for p in plans], ranking(plans)
 
 

@@ -40,7 +40,7 @@ from flax import nnx
 
 import moekit as mk
 from moekit.planning.chips import CHIPS
-from moekit.planning.hlo import Walker
+from moekit.planning.program_cost import program_cost
 from moekit.training.step import abstract_batch, compiled_step
 
 FULL = False  # True on eight TPU chips: the base model, on the chips themselves
@@ -110,9 +110,9 @@ mk.show(mk.plot_bars(kinds, "MiB on each device", title), "02-bytes")
 # %% [markdown]
 # ## What travels
 # Now one MoE layer alone: 16 rows of 128 tokens, top-2 of 8 experts, forward and backward, compiled
-# for three meshes with both kinds of dispatch. `Walker` walks the compiled program and books every
-# collective with the mesh axes along which its devices differ. The groups of 128 tokens that are
-# routed together are the same everywhere, or else drops would differ.
+# for three meshes with both kinds of dispatch. `program_cost` reads the compiled program and counts
+# every collective with the mesh axes along which its devices differ. The groups of 128 tokens that
+# are routed together are the same everywhere, or else drops would differ.
 
 # %%
 x = jax.random.normal(jax.random.key(1), (16, 128, 64))
@@ -148,8 +148,8 @@ programs = {
 traffic = {}
 for (dispatch, name), (compiled, _) in programs.items():
     if name in meshes:
-        walker = Walker(compiled.as_text(), meshes[name], CHIPS["v5e"], lambda *_: 0.0)
-        traffic[dispatch, name] = walker.run().collectives
+        cost = program_cost(compiled.as_text(), meshes[name], CHIPS["v5e"], lambda *_: 0.0)
+        traffic[dispatch, name] = cost.collectives
 for (dispatch, name), collectives in traffic.items():
     print(f"{dispatch}, {name}")
     for (op, axis), found in sorted(collectives.items()):
@@ -235,8 +235,8 @@ excerpt("all-reduce")
 
 # %% [markdown]
 # A group like `{0},{1},..` holds one device only: such a line sums over an axis of size one, moves
-# nothing, and `Walker` books nothing. What is real is the sum of the layer's statistics, a few
-# numbers, for the balance loss and the report.
+# nothing, and `program_cost` counts nothing. What is real is the sum of the layer's statistics, a
+# few numbers, for the balance loss and the report.
 
 # %%
 excerpt("dot")
@@ -265,7 +265,7 @@ for remat in ("none", "full"):
     step = compiled_step(model, config)
     shapes = (step.params, step.rest, step.opt_state, *abstract_batch(config, mesh))
     compiled = step.update.lower(*shapes).compile()
-    cost = Walker(compiled.as_text(), mesh, CHIPS["v5e"], lambda *_: 0.0).run()
+    cost = program_cost(compiled.as_text(), mesh, CHIPS["v5e"], lambda *_: 0.0)
     exchanges = cost.collectives["all-to-all", "expert"]
     print(
         f"remat {remat}: {compiled.memory_analysis().temp_size_in_bytes / 2**20:4.0f} MiB of "
@@ -282,7 +282,7 @@ for remat in ("none", "full"):
 # %% [markdown]
 # ## Exercises
 # 1. How many bytes would the four all-to-alls of 1x8 carry with `mk.Switch()`, and with
-#    `capacity_factor=2.0`? Compute first, then ask `Walker`.
+#    `capacity_factor=2.0`? Compute first, then compare with `program_cost`.
 # 2. Set `group_size=256` on the one device only. Which of the compared numbers changes, and why
 #    can no mesh of eight devices and 16 rows be compared with groups of 512 tokens?
 # 3. A batch of 8 times as many tokens: which bars of the traffic figure grow, which stay?

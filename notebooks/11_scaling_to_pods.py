@@ -106,7 +106,7 @@ for plan in (nano, base):
     low, high = (1e3 * s for s in plan.step_seconds)
     print(f"{plan.preset}: {low:.2f} to {high:.2f} ms a step (estimate)")
     print(f"  MFU {100 * plan.mfu[0]:.1f} to {100 * plan.mfu[1]:.1f} % (estimate)")
-    print(f"  waits for {plan.waits_for}; {'; '.join(plan.advice)}")
+    print(f"  bottleneck: {plan.bottleneck}; {'; '.join(plan.advice)}")
 
 # %% [markdown]
 # ## Other meshes, other remat
@@ -171,7 +171,7 @@ title = "32B: step time (an estimate)"
 mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-step")
 
 # %%
-parts = ("products", "memory", "links")
+parts = ("matmuls", "memory", "interconnect")
 split = {part: {n: p.split_seconds[part] for n, p in timed.items()} for part in parts}
 title = "32B: what the time goes to (an estimate)"
 mk.show(mk.plot_bars(split, "seconds a step (estimate)", title), "11-32b-split")
@@ -194,7 +194,7 @@ mk.show(fastest.plot(), "11-32b-plan")
 
 # %%
 swept = json.loads((PLANS / "sweeps/st-32b-v5p-4x8x8.json").read_text())
-swept = [mk.Plan(**values) for values in swept]
+swept = [mk.Plan.from_dict(values) for values in swept]
 print(ranking(swept))
 
 # %%

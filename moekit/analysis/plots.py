@@ -352,7 +352,7 @@ def plot_plan(plan):
     and what the collectives send."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=(1, 1.2, 1.8))
     kinds = {k: v for k, v in plan.hbm_gib_per_chip.items() if k != "total"}
-    _stacked(left, kinds or {"asked for": plan.hbm_gib_per_chip["total"]})
+    _stacked(left, kinds or {"requested": plan.hbm_gib_per_chip["total"]})
     left.axhline(plan.hbm_limit_gib, color="black", linestyle="--")
     left.text(0.5, plan.hbm_limit_gib, "limit", ha="right", va="bottom", fontsize=8)
     left.set(ylabel="GiB a chip", title="memory", xticks=[], xlim=(-0.5, 1.6))
