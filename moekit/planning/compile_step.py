@@ -29,7 +29,7 @@ from moekit.planning.chips import CHIPS, link_seconds
 from moekit.planning.program_cost import Cost, program_cost
 from moekit.planning.request import PlanRequest, largest_expert_axis
 from moekit.planning.step_plan import ESTIMATE, Plan
-from moekit.sharding import AXES
+from moekit.sharding import MESH_AXES
 from moekit.training.step import abstract_batch, compiled_step
 
 GIB = 2**30
@@ -183,7 +183,7 @@ def _slice_mesh(request: PlanRequest) -> Mesh:
         devices=list(topology.devices),
         allow_split_physical_axes=True,
     )
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _compiler_options(num_chips: int) -> dict[str, str]:

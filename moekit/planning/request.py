@@ -8,8 +8,7 @@ from typing import Any
 from moekit.config import REMATS, ModelConfig, TrainConfig
 from moekit.errors import unknown
 from moekit.planning.chips import CHIPS, Chip
-
-MESH_AXES = ("data", "expert", "model")
+from moekit.sharding import MESH_AXES
 
 
 @dataclass(frozen=True)
