@@ -128,8 +128,8 @@ from .sharding import (
     make_mesh as make_mesh,
 )
 from .studies import (
-    Lab as Lab,
     StudyConfig as StudyConfig,
+    StudySetup as StudySetup,
     finetune as finetune,
     instruction_tune as instruction_tune,
     pretrain as pretrain,

@@ -261,14 +261,28 @@ class TrainConfig:
     multiple of 8 so that the usual meshes divide it.
 
     Args:
-      learning_rate: the peak; Adafactor multiplies it by each parameter's scale (T5).
-      schedule: "rsqrt" is 1 / sqrt(max(step, warmup_steps)) scaled to peak at learning_rate.
-      z_loss: coefficient of log(Z)^2 of the output logits.
-      freeze: parts that keep their parameters: "router", "experts", "moe" (both).
-      remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but
-        products with weights), "full" (every layer from its input).
-      data_workers: processes of a host that read ahead; 0 is a thread.
-      eval_every, save_every: steps between evaluations and checkpoints; 0: only at the end.
+      steps: Number of training steps.
+      batch_tokens: Tokens of a batch, inputs and targets together.
+      input_length: Tokens of an encoder row.
+      target_length: Tokens of a decoder row.
+      optimizer: adafactor or adamw.
+      learning_rate: Peak rate; Adafactor multiplies it by each parameter's scale (T5).
+      schedule: constant, rsqrt (1 / sqrt(max(step, warmup_steps)), scaled to the peak), cosine or
+        linear.
+      warmup_steps: Steps in which the rate rises linearly to its peak.
+      weight_decay: Decay of the weights per step, times the learning rate.
+      clip_norm: Maximum norm of the gradient; by default gradients are not clipped.
+      z_loss: Coefficient of log(Z)^2 of the output logits.
+      label_smoothing: Share of the target probability that is spread over the vocabulary.
+      freeze: Parts that keep their parameters: router, experts or moe (both).
+      remat: What the backward pass recomputes: none, dots (all but products with weights) or full
+        (every layer from its input).
+      seed: Seed of the parameters, the data order and dropout.
+      log_every: Steps between rows of the log.
+      eval_every: Steps between evaluations; 0 evaluates only at the end.
+      save_every: Steps between checkpoints; 0 saves only at the end.
+      keep: Number of checkpoints to keep.
+      data_workers: Processes of a host that read ahead; 0 uses a thread.
     """
 
     steps: int = 1000

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key, Shaped
 MESH_AXES = ("data", "expert", "model")
 BATCH_AXES = ("data", "expert")
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
+MAX_VIRTUAL_DEVICES = 512  # of a CPU; more take minutes to start
 # not jax.set_mesh, which fails inside a trace such as nnx.eval_shape
 _CURRENT_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
@@ -92,6 +93,11 @@ def _create_virtual_cpu_devices(count: int) -> None:
     already_set = jax.config.jax_num_cpu_devices > 1
     if count == 1 or already_set or jax.distributed.is_initialized():
         return
+    if count > MAX_VIRTUAL_DEVICES:
+        raise ValueError(
+            f"a mesh of {count:,} devices: a CPU is divided into at most {MAX_VIRTUAL_DEVICES} "
+            "virtual devices; choose smaller sizes"
+        )
     # jax refuses once its backend has started; the caller then reports the devices that exist
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)

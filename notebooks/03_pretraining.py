@@ -45,7 +45,7 @@ BIG = mk.StudyConfig(
     input_length=512,
     target_length=128,
 )
-lab = mk.Lab(BIG if FULL else SMALL)
+setup = mk.StudySetup(BIG if FULL else SMALL)
 
 # %% [markdown]
 # ## The text
@@ -54,13 +54,13 @@ lab = mk.Lab(BIG if FULL else SMALL)
 
 # %%
 characters = {}
-for document in lab.corpus.documents("train"):
+for document in setup.corpus.documents("train"):
     characters[document.domain] = characters.get(document.domain, 0) + len(document.text)
 total = sum(characters.values())
-print(f"{len(lab.corpus.documents('train')):,} documents, {total:,} characters, of these")
+print(f"{len(setup.corpus.documents('train')):,} documents, {total:,} characters, of these")
 for domain, count in sorted(characters.items(), key=lambda item: -item[1]):
     print(f"  {domain:20} {count / total:6.1%}")
-print(f"{lab.tokenizer.vocab_size} token ids, trained on this text")
+print(f"{setup.tokenizer.vocab_size} token ids, trained on this text")
 
 # %% [markdown]
 # ## Span corruption
@@ -68,12 +68,12 @@ print(f"{lab.tokenizer.vocab_size} token ids, trained on this text")
 # target lists the sentinels with what they hide.
 
 # %%
-text = lab.corpus.documents("valid")[3].text[:220]
-ids = np.array(lab.tokenizer.encode(text), np.int32)
-inputs, targets = mk.span_corruption(ids, np.random.default_rng(0), tokenizer=lab.tokenizer)
+text = setup.corpus.documents("valid")[3].text[:220]
+ids = np.array(setup.tokenizer.encode(text), np.int32)
+inputs, targets = mk.span_corruption(ids, np.random.default_rng(0), tokenizer=setup.tokenizer)
 print("text:   ", text)
-print("input:  ", lab.tokenizer.decode(inputs))
-print("target: ", lab.tokenizer.decode(targets))
+print("input:  ", setup.tokenizer.decode(inputs))
+print("target: ", setup.tokenizer.decode(targets))
 
 # %% [markdown]
 # ## Two models, one price
@@ -81,8 +81,8 @@ print("target: ", lab.tokenizer.decode(targets))
 # extra dense FFN. It has more parameters; a token costs the same.
 
 # %%
-for flavour in ("t5", "st"):
-    cfg = lab.model_config(flavour)
+for family in ("t5", "st"):
+    cfg = setup.model_config(family)
     parameters, flops = cfg.num_parameters(), cfg.flops_per_token()
     print(
         f"{cfg.name:8} {parameters.total / 1e6:.2f} M parameters, {parameters.active / 1e6:.2f} M "
@@ -95,9 +95,9 @@ for flavour in ("t5", "st"):
 # token occurs in the targets and nothing else.
 
 # %%
-runs = {flavour: lab.pretrain(flavour) for flavour in ("t5", "st")}
+runs = {family: setup.pretrain(family) for family in ("t5", "st")}
 curves = {run.model.cfg.name: run.metrics for run in runs.values()}
-levels = [("unigram entropy of the same targets", lab.unigram_entropy)]
+levels = [("unigram entropy of the same targets", setup.unigram_entropy)]
 label = "held-out loss (nats a target token)"
 fig = mk.plot_learning_curves(curves, "valid_loss", label, "Span corruption", levels)
 mk.show(fig, "03-pretraining")
@@ -105,8 +105,8 @@ mk.show(fig, "03-pretraining")
 # %%
 for name, metrics in curves.items():
     loss = metrics.last("valid_loss")
-    print(f"{name}: {loss:.3f} nats, {lab.unigram_entropy - loss:.3f} under the unigram entropy")
-    assert loss < lab.unigram_entropy - 0.5, "this run has not learned: look at its curves"
+    print(f"{name}: {loss:.3f} nats, {setup.unigram_entropy - loss:.3f} under the unigram entropy")
+    assert loss < setup.unigram_entropy - 0.5, "this run has not learned: look at its curves"
 
 # %%
 mk.show(runs["st"].metrics.plot("st: losses, balance, drops"), "03-st-metrics")
@@ -118,7 +118,7 @@ mk.show(runs["st"].metrics.plot("st: losses, balance, drops"), "03-st-metrics")
 # ## What do they say?
 
 # %%
-shown = lab.tokenizer.decode(inputs).split("<extra_id_1>")[0].strip()
+shown = setup.tokenizer.decode(inputs).split("<extra_id_1>")[0].strip()
 for run in runs.values():
     said = mk.generate(run.model, [shown], max_new_tokens=12)[0]
     print(f"{run.model.cfg.name}: {said!r}")
@@ -128,6 +128,6 @@ print("input:", shown)
 # ## Exercises
 # 1. Change the mean span: `mk.span_corruption(..., mean_span=1.0)`. How do input and target lengths
 #    change, and what does that do to the cost of a step?
-# 2. `lab.pretrain("switch")` trains another flavour of equal FLOPs. Where does it lie?
+# 2. `setup.pretrain("switch")` trains another family of equal FLOPs. Where does it lie?
 # 3. Train `st` with another seed: `dataclasses.replace(SMALL, seed=1)`. Is the distance between
 #    dense and sparse larger than between seeds?

@@ -43,8 +43,8 @@ BIG = mk.StudyConfig(
     input_length=512,
     target_length=128,
 )
-lab = mk.Lab(BIG if FULL else SMALL)
-before = {flavour: lab.pretrain(flavour).model for flavour in ("t5", "st")}  # of notebook 03
+setup = mk.StudySetup(BIG if FULL else SMALL)
+before = {family: setup.pretrain(family).model for family in ("t5", "st")}  # of notebook 03
 
 # %% [markdown]
 # ## Questions of a new kind
@@ -77,7 +77,7 @@ for each in scores.values():
 runs = {}
 for name, model in before.items():
     watch = mk.evaluation_callback(suite, "held_out_score", limit=20, options=False)
-    runs[name] = lab.tune(model, callbacks=[watch])
+    runs[name] = setup.tune(model, callbacks=[watch])
 curves = {run.model.cfg.name: run.metrics for run in runs.values()}
 label = "validation loss (nats a target token)"
 mk.show(mk.plot_learning_curves(curves, "valid_loss", label, "Instruction tuning"), "05-loss")
@@ -118,8 +118,8 @@ mk.show(tuned["st"].plot(), "05-st-tasks")
 # ## Exercises
 # 1. Show the options (`options=True`). Which tasks gain, which lose? What would the model have to
 #    do to profit from them?
-# 2. Tune with the router frozen: `mk.instruction_tune(model, lab.mixture,
-#    lab.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), 800))`. The paper finds that
-#    freezing the gate hardly matters.
+# 2. Tune with the router frozen: `mk.instruction_tune(model, setup.mixture,
+#    setup.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), 800))`. The paper finds
+#    that freezing the gate hardly matters.
 # 3. Leave the tasks of one cluster out of the mixture (`mk.flan_mixture("builtin", exclude=[..])`).
 #    Which held-out score falls most?

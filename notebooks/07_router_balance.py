@@ -41,7 +41,7 @@ SMALL = mk.StudyConfig(pretrain_steps=250, workdir=Path("runs/balance"))
 BIG = mk.StudyConfig(
     size="mini", pretrain_steps=5_000, batch_tokens=65_536, workdir=Path("runs/balance-big")
 )
-lab = mk.Lab(BIG if FULL else SMALL)
+setup = mk.StudySetup(BIG if FULL else SMALL)
 
 # %% [markdown]
 # ## Four ways to train one model
@@ -57,7 +57,7 @@ variants = {
     "loss-free bias": {"balance_loss": 0.0, "router": mk.LossFree(k=1, rate=1e-2)},
 }
 runs = {
-    name: lab.pretrain("switch", name=name.replace(" ", "-"), **changes)
+    name: setup.pretrain("switch", name=name.replace(" ", "-"), **changes)
     for name, changes in variants.items()
 }
 
@@ -80,7 +80,7 @@ mk.show(mk.plot_learning_curves(curves, "encoder_dropped", label, title), "07-dr
 # nothing but its start token, so look at the encoder's rows.
 
 # %%
-traces = {name: lab.trace(run.model) for name, run in runs.items()}
+traces = {name: setup.trace(run.model) for name, run in runs.items()}
 for name, trace in traces.items():
     print(f"[{name}]\n{mk.balance_table(trace)}\n")
 
@@ -99,14 +99,14 @@ mk.show(mk.plot_expert_load(traces["balance loss"]), "07-load-balance-loss")
 # %%
 for name, run in runs.items():
     loss = run.metrics.last("valid_loss")
-    print(f"{name:18} held-out loss {loss:.3f} (unigram {lab.unigram_entropy:.3f})")
+    print(f"{name:18} held-out loss {loss:.3f} (unigram {setup.unigram_entropy:.3f})")
 
 # %% [markdown]
 # ## Capacity at evaluation
 # The same trained model, asked with other capacity factors: routing is alike, drops are not.
 
 # %%
-prompts = mk.text_prompts(lab.corpus, 16, characters=300)
+prompts = mk.text_prompts(setup.corpus, 16, characters=300)
 dropped = {"nothing": {}, "balance loss": {}}
 for name in dropped:
     for factor in (0.5, 1.0, 1.25, 2.0, 4.0):

@@ -44,9 +44,9 @@ BIG = mk.StudyConfig(
     input_length=512,
     target_length=128,
 )
-lab = mk.Lab(BIG if FULL else SMALL)
-pretrained = lab.pretrain("st")
-tuned = lab.tune(pretrained.model)
+setup = mk.StudySetup(BIG if FULL else SMALL)
+pretrained = setup.pretrain("st")
+tuned = setup.tune(pretrained.model)
 
 # %% [markdown]
 # ## Domains
@@ -56,7 +56,7 @@ tuned = lab.tune(pretrained.model)
 # packages differ in words and layout as well as in topic.
 
 # %%
-before, after = lab.trace(pretrained.model), lab.trace(tuned.model)
+before, after = setup.trace(pretrained.model), setup.trace(tuned.model)
 mk.show(mk.plot_domain_specialization(before), "08-domains")
 
 # %%
@@ -76,7 +76,7 @@ mk.show(mk.plot_domain_distance(before), "08-domain-distance")
 # reads the token itself: punctuation here, word beginnings there.
 
 # %%
-mk.show(mk.plot_token_specialization(before, lab.tokenizer), "08-tokens")
+mk.show(mk.plot_token_specialization(before, setup.tokenizer), "08-tokens")
 
 # %% [markdown]
 # ## Tasks
@@ -84,7 +84,7 @@ mk.show(mk.plot_token_specialization(before, lab.tokenizer), "08-tokens")
 # more for this kind of task.
 
 # %%
-prompts = lab.mixture.sample(600)
+prompts = setup.mixture.sample(600)
 of_tasks = mk.trace_routing(tuned.model, prompts, input_length=128, target_length=32)
 mk.show(mk.plot_task_specialization(of_tasks, by="cluster"), "08-tasks")
 
@@ -105,7 +105,7 @@ mk.show(mk.plot_coactivation(before), "08-coactivation")
 
 # %%
 steps = pretrained.config.save_every * 2
-early = lab.trace(mk.load(pretrained.workdir, step=steps))
+early = setup.trace(mk.load(pretrained.workdir, step=steps))
 agreement = {
     "encoder": {
         f"step {steps} / end of pretraining": float(mk.saturation(early, before).mean()),
@@ -130,7 +130,7 @@ mk.show(mk.plot_domain_specialization(after), "08-domains-tuned")
 # ## Exercises
 # 1. Shuffle the domains of `before` (`dataclasses.replace(before, domains=...)`) and draw the first
 #    figure again. What remains of the specialization?
-# 2. The balance loss works against specialization. Train with `lab.pretrain("st", name="free",
+# 2. The balance loss works against specialization. Train with `setup.pretrain("st", name="free",
 #    balance_loss=0.0)` and compare p-values and distances.
-# 3. Expert Choice (`lab.pretrain("ec")`) lets a token have any number of experts. Which tokens get
-#    many?
+# 3. Expert Choice (`setup.pretrain("ec")`) lets a token have any number of experts. Which tokens
+#    get many?

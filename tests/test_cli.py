@@ -1,17 +1,18 @@
 """The command line as a user meets it: one clear line and exit code 2 for every mistake."""
 
 import gzip
+import inspect
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import moekit as mk
-from moekit import cli
-from moekit.cli import main
+from moekit.bench import baselines, input, timings
+from moekit.cli import VERBS, command, main
 
 SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
 
@@ -22,21 +23,80 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept_for_training_on_a_cpu_alone(monkeypatch):
-    names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-    for name in names:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(cli, "_accelerated", lambda: True)
-    cli._keep_freed_memory()
-    assert not set(names) & set(os.environ)
-    monkeypatch.setattr(cli, "_accelerated", lambda: False)
-    cli._keep_freed_memory()
-    # a process that starts from here maps no block of its own: freed, it would be given back
-    code = "import ctypes; c = ctypes.CDLL(None); c.malloc(1 << 27); c.malloc_stats()"
-    report = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-    assert re.search(r"max mmap regions = +0$", report, re.M) and set(names) <= set(os.environ)
+def functions() -> Iterator[tuple[str, Callable]]:
+    """Every verb with its function, such as ("data list", list_data)."""
+    for verb in VERBS:
+        found = command(verb)
+        if isinstance(found, dict):
+            yield from ((f"{verb} {name}", function) for name, function in found.items())
+        else:
+            yield verb, found
+
+
+def help_texts(capsys: pytest.CaptureFixture, verb: str) -> dict[str, str]:
+    """The text beside each flag and positional in the box that --help prints, without defaults."""
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    texts: dict[str, str] = {}
+    flag = ""
+    for line in capsys.readouterr().out.replace("│", " ").splitlines():
+        if re.match(r"  \S", line):  # a flag, whose text may follow on the same line
+            flag, _, text = line.strip().partition("  ")
+            texts[flag] = text
+        elif flag:
+            texts[flag] += " " + line.strip()
+    return {flag: re.sub(r"\((default:|required).*", "", text) for flag, text in texts.items()}
+
+
+@pytest.mark.parametrize("verb", [verb for verb, _ in functions()])
+def test_every_flag_of_every_verb_has_a_help_text(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    texts = help_texts(capsys, verb)
+    assert any(flag.startswith("--json") for flag in texts)
+    without = [flag for flag, text in texts.items() if len(text.strip()) < 10]
+    assert not without
+    for flag in inspect.signature(dict(functions())[verb]).parameters:
+        name = flag.replace("_", "-")
+        assert flag in ("config", "folder", "sources", "preset") or f"--{name}" in " ".join(texts)
+
+
+def test_help_lists_every_verb_and_starts_without_jax():
+    code = (
+        "import sys\n"
+        "from moekit.cli import VERBS, main\n"
+        "assert main(['--help']) == 0\n"
+        "assert not {'jax', 'numpy', 'matplotlib', 'moekit.config'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert [line.split()[0] for line in re.findall(r"^  \w.*", shown.stdout, re.M)] == list(VERBS)
+
+
+BENCHMARKS = {
+    "layer": timings.layer,
+    "step": timings.step,
+    "input": input.input_pipeline,
+    "peers": baselines.peers,
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_flags_of_a_benchmark_are_its_parameters(name):
+    flags = dict(inspect.signature(command("bench")[name]).parameters)
+    assert flags.pop("json").default is False
+    parameters = inspect.signature(BENCHMARKS[name]).parameters
+    assert flags.keys() == parameters.keys()
+    for parameter, flag in flags.items():
+        if parameter != "mesh":  # a text on the command line
+            assert flag.default == parameters[parameter].default
+
+
+def test_bench_times_a_layer_by_default(capsys):
+    sizes = ["--tokens", 16, "--d-model", 8, "--d-ff", 8, "--repeats", 1, "--shapes", 2, 1]
+    code, out, _ = run(capsys, "bench", *sizes, "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["tokens"] for row in rows} == {16}
 
 
 def test_train_eval_and_resume(tmp_path, capsys):
@@ -77,9 +137,25 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["train", "--input-length", "8000"], "exceeds st-nano's max_length 4096"),
         (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),
         (["train", "--router", "expert-choice"], "later tokens"),
+        (["train", "--mesh", "expert=1000000"], "expert=1000000, model=1 does not fill"),
+        (["train", "--seed", "99999999999999999999"], "--seed is 99999999999999999999; use"),
+        (["train", "--seed", "-1"], "--seed is -1; use a number from 0"),
+        (["train", "--checkpoint", ""], "a path is empty"),
+        (["train", "--checkpoint", "nowhere", "--router", "top2"], "leave out --checkpoint"),
         (["eval", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
         (["eval", "--checkpoint", "nowhere", "--suite", "builtin,bhb"], "did you mean 'bbh'"),
         (["eval", "--checkpoint", "nowhere", "--suite", "paper"], "set the environment variable"),
+        (["eval", "--checkpoint", " "], "a path is empty"),
+        (["eval", "--checkpoint", "nowhere", "--limit", "0"], "--limit is 0; use 1 or more"),
+        (["eval", "--checkpoint", "nowhere", "--shots", "-1"], "--shots is -1; use 0 or more"),
+        (["eval", "--checkpoint", "nowhere", "--seed", str(2**64)], f"--seed is {2**64}"),
+        (["plan", "st-nano", "--batch", "0"], "--batch is 0; use 1 or more"),
+        (["plan", "st-nano", "--mesh", "expert=1000000"], "does not fill the 8 chips"),
+        (["data", "describe", "--samples", "-1"], "--samples is -1; use 0 or more"),
+        (["data", "describe", "--seed", "-1"], "--seed is -1"),
+        (["data", "check", ""], "a path is empty"),
+        (["study", "--seed", "-1"], "--seed is -1"),
+        (["study", "--workdir", ""], "a path is empty"),
         (["data", "describe", "--task", "additon"], "did you mean 'addition'"),
         (["data", "describe", "--task", "swaps"], "held out"),
         (["data", "descrbe"], "did you mean 'describe'"),
@@ -88,7 +164,17 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["data", "fetch", "gsm8k"], "could not load 'openai/gsm8k'"),
         (["data", "check", "nowhere"], "data folder nowhere does not exist"),
         (["bench", "layers"], "did you mean 'layer'"),
-        (["bench", "step", "--tokens", "64"], "bench step has no --tokens"),
+        (["bench", "layer", "--tokens", "0"], "--tokens is 0; use 1 or more"),
+        (["bench", "--tokens", "-1"], "--tokens is -1; use 1 or more"),
+        (["bench", "layer", "--d-model", "0"], "--d-model is 0; use 1 or more"),
+        (["bench", "layer", "--capacity-factor", "nan"], "--capacity-factor is nan"),
+        (["bench", "layer", "--shapes", "2", "3"], "2 experts and 3 choices"),
+        (["bench", "step", "--batch", "0"], "--batch is 0"),
+        (["bench", "step", "--mesh", "expert=1000000"], "expert=1000000, model=1 does not fill"),
+        (["bench", "step", "--mesh", "experts=2"], "write axes (data, expert, model)"),
+        (["bench", "step", "--mesh", "expert=0"], "write axes (data, expert, model)"),
+        (["bench", "input", "--workers", "-1"], "--workers is -1; use 0 or more"),
+        (["bench", "peers", "--experts", "8", "-1"], "--experts is -1; use 0 or more"),
         (["bench", "step", "--preset", "st-nanno"], "did you mean 'st-nano'"),
         (["figures", "--results", "nowhere"], "no recorded study in nowhere"),
         (["study", "--source", "mirror"], "set the environment variable MOEKIT_DATA"),

@@ -1,1 +1,1 @@
-"""The verbs of the command line."""
+"""The verbs of the command line: each is a function whose parameters are its flags."""

@@ -2,57 +2,67 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-DATA_VERBS = ("list", "describe", "fetch", "check")
+from moekit.commands.flags import names, require_at_least, require_seed
+from moekit.commands.output import AsJson, print_result
 
 
-@dataclass
-class List:
-    """Mixtures, suites, corpora and hub sources, and which are here."""
+class Available(NamedTuple):
+    """A line of `moekit data list`: what exists, whether it is here, what it has or lacks."""
 
-    json: bool = False
-
-    def run(self) -> tuple[object, str]:
-        root = _folder()
-        rows = list(_found(root))
-        keys = ("kind", "name", "here", "about")
-        lines = [f"{k:11} {n:24} {'here' if here else '-':5} {a[:70]}" for k, n, here, a in rows]
-        text = "\n".join([f"data folder: {root or 'none (set MOEKIT_DATA)'}", *lines])
-        return [dict(zip(keys, row, strict=True)) for row in rows], text
+    kind: str
+    name: str
+    here: bool
+    about: str
 
 
-def _found(root: Path | None) -> Iterator[tuple[str, str, bool, str]]:
-    """Kind, name, whether it is here, and what it has or lacks."""
+def list_data(json: AsJson = False) -> int:
+    """List mixtures, suites, corpora and hub sources, and which of them are here."""
+    root = _data_folder()
+    rows = list(_available(root))
+    lines = [f"data folder: {root or 'none (set MOEKIT_DATA)'}"]
+    for row in rows:
+        here = "here" if row.here else "-"
+        lines.append(f"{row.kind:11} {row.name:24} {here:5} {row.about[:70]}")
+    print_result([row._asdict() for row in rows], "\n".join(lines), json)
+    return 0
+
+
+def _available(root: Path | None) -> Iterator[Available]:
     from moekit.data.collection import MIXTURES
     from moekit.data.hub import copies, sources
     from moekit.data.sources import TEXT_DOMAINS
     from moekit.data.suites import SUITES, suite
 
-    yield "mixture", "builtin", True, ""
-    groups = _groups()
+    yield Available("mixture", "builtin", True, "")
+    tasks_by_group = _tasks_by_group()
     for name, parts in MIXTURES.items():
-        sizes = {part: sum(groups.get(g, 0) for g in sub.groups) for part, sub in parts.items()}
-        about = ", ".join(f"{part} {n} tasks" for part, n in sizes.items())
-        yield "mixture", name, any(sizes.values()), about
+        sizes = {}
+        for part, submixture in parts.items():
+            sizes[part] = sum(tasks_by_group.get(group, 0) for group in submixture.groups)
+        about = ", ".join(f"{part} {size} tasks" for part, size in sizes.items())
+        yield Available("mixture", name, any(sizes.values()), about)
     for name in SUITES:
         try:
-            yield "suite", name, True, f"{len(suite(name).tasks)} tasks"
+            yield Available("suite", name, True, f"{len(suite(name).tasks)} tasks")
         except (OSError, ValueError) as problem:
-            yield "suite", name, False, str(problem)
+            yield Available("suite", name, False, str(problem))
     for part in ("builtin", *TEXT_DOMAINS):
         here = part == "builtin" or bool(root and (root / "text" / part).is_dir())
-        yield "corpus", part, here, ""
-    for name, each in sources().items():
-        here = bool(copies(each, next(iter(each.splits)), root))
-        yield "hub source", name, here, f"{each.path}, {each.group or 'evaluation'}"
+        yield Available("corpus", part, here, "")
+    for name, source in sources().items():
+        split = next(iter(source.splits))
+        here = bool(copies(source, split, root))
+        about = f"{source.path}, {source.group or 'evaluation'}"
+        yield Available("hub source", name, here, about)
 
 
-def _folder() -> Path | None:
+def _data_folder() -> Path | None:
     from moekit.data.sources import data_dir
 
     try:
@@ -61,160 +71,171 @@ def _folder() -> Path | None:
         return None
 
 
-def _groups() -> dict[str, int]:
-    """Tasks of each group in the data folder."""
+def _tasks_by_group() -> dict[str, int]:
+    """Number of tasks of each group in the data folder."""
     from moekit.data.flan import tasks_of
 
     try:
-        return {group: len(tasks) for group, tasks in tasks_of("mirror", None).items()}
+        groups = tasks_of("mirror", None)
     except FileNotFoundError:
         return {}
+    return {group: len(tasks) for group, tasks in groups.items()}
 
 
-@dataclass
-class Describe:
-    """What training on a mixture, a task or a corpus will see, with samples."""
+def describe(
+    *,
+    mixture: str = "builtin",
+    source: str = "mirror",
+    corpus: str = "",
+    task: str = "",
+    by: str = "cluster",
+    hold_out: str = "",
+    tokenizer: str = "",
+    tokens: int = 0,
+    limit: int = 0,
+    samples: int = 3,
+    seed: int = 0,
+    plot: Path | None = None,
+    on_error: str = "stop",
+    json: AsJson = False,
+) -> int:
+    """Show what training on a mixture, a task or a corpus will see, with samples.
 
-    mixture: str = "builtin"
-    """builtin, flan2022, flan-t5 or flan-ablation."""
-    source: str = "mirror"
-    """Where FLAN's tasks come from: mirror, hub (ready-made) or hub-raw."""
-    corpus: str = ""
-    """Describe text to pretrain on instead: builtin, mirror, or parts such as books,speeches."""
-    task: str = ""
-    """This task alone."""
-    by: str = "cluster"
-    """One line a cluster or a task."""
-    hold_out: str = ""
-    """Suites that will be asked, such as mmlu,bbh: tasks that overlap are left out."""
-    tokenizer: str = ""
-    """Path of a SentencePiece model that counts tokens; default bytes."""
-    tokens: int = 0
-    """Tokens of the run (steps x tokens of a batch) that repeats are told for; default an epoch."""
-    limit: int = 0
-    """Stream so many rows of each hub set instead of downloading all."""
-    samples: int = 3
-    seed: int = 0
-    plot: Path | None = None
-    """Write the picture there."""
-    on_error: str = "stop"
-    json: bool = False
+    Args:
+      mixture: builtin, flan2022, flan-t5 or flan-ablation.
+      source: Source of the mixture: mirror (the data folder), hub (ready-made) or hub-raw (raw
+        sets of the hub with our templates).
+      corpus: Describe text for pretraining instead: builtin, mirror, or parts such as
+        books,speeches.
+      task: Describe this task alone.
+      by: Rows of the table: cluster or task.
+      hold_out: Leave out tasks that overlap with these suites, such as mmlu,bbh.
+      tokenizer: Path of a SentencePiece model that counts tokens; by default bytes are counted.
+      tokens: Training length in tokens (steps x batch_tokens), for the repeats column; by default
+        one epoch.
+      limit: Stream this many rows of each hub set instead of downloading all; 0 is all.
+      samples: Number of sample prompts to show.
+      seed: Seed of the samples.
+      plot: Write a picture of the mixture to this file.
+      on_error: What to do with malformed rows: stop or skip.
+    """
+    import moekit as mk
+    from moekit.data.packing import propose_lengths
+    from moekit.errors import unknown
 
-    def run(self) -> tuple[object, str]:
-        import moekit as mk
-        from moekit.data.packing import propose_lengths
-        from moekit.errors import unknown
+    if by not in ("cluster", "task"):
+        raise unknown("way to list", by, ("cluster", "task"))
+    require_at_least(0, tokens=tokens, limit=limit, samples=samples)
+    require_seed(seed)
+    if corpus:
+        rows = _corpus_sizes(corpus)
+        print_result(rows, _corpus_text(rows), json)
+        return 0
+    mix = mk.flan_mixture(
+        {task: 1.0} if task else mixture,
+        source=source,
+        hold_out=names(hold_out),
+        limit=limit,
+        on_error=on_error,
+    )
+    counter = mk.load_tokenizer(tokenizer) if tokenizer else mk.ByteTokenizer()
+    overview = mix.describe(counter, tokens)
+    if plot:
+        overview.plot().savefig(plot)
+    lengths = propose_lengths(mix, counter)
+    prompts = mix.sample(samples, seed=seed)
+    shown = [f"--- {each.task}\n{each.input}\n>>> {each.target}" for each in prompts]
+    result = overview.to_dict()
+    result["rates"] = mix.rates
+    result["lengths"] = asdict(lengths)
+    result["samples"] = [
+        {"task": each.task, "input": each.input, "target": each.target} for each in prompts
+    ]
+    print_result(result, "\n".join([overview.table(by), str(lengths), *shown]), json)
+    return 0
 
-        if self.by not in ("cluster", "task"):
-            raise unknown("way to list", self.by, ("cluster", "task"))
-        if self.corpus:
-            return _corpus(mk.corpus(self.corpus))
-        mixture = mk.flan_mixture(
-            {self.task: 1.0} if self.task else self.mixture,
-            source=self.source,
-            hold_out=tuple(filter(None, self.hold_out.split(","))),
-            limit=self.limit,
-            on_error=self.on_error,
-        )
-        tokenizer = mk.load_tokenizer(self.tokenizer) if self.tokenizer else None
-        seen = mixture.describe(tokenizer, self.tokens)
-        if self.plot:
-            seen.plot().savefig(self.plot)
-        prompts = mixture.sample(self.samples, seed=self.seed)
-        shown = [f"--- {p.task}\n{p.input}\n>>> {p.target}" for p in prompts]
-        samples = [{"task": p.task, "input": p.input, "target": p.target} for p in prompts]
-        lengths = propose_lengths(mixture, tokenizer or mk.ByteTokenizer())
-        found = seen.to_dict() | {"rates": mixture.rates, "lengths": asdict(lengths)}
-        text = "\n".join([seen.table(self.by), str(lengths), *shown])
-        return found | {"samples": samples}, text
 
+def _corpus_sizes(name: str) -> list[dict[str, Any]]:
+    """Documents and characters of each domain and split of a corpus."""
+    import moekit as mk
 
-def _corpus(corpus) -> tuple[object, str]:
-    found = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    corpus = mk.corpus(name)
     for split in ("train", "valid"):
         for document in corpus.documents(split):
-            row = found.setdefault((document.domain, split), [0, 0])
-            row[0] += 1
-            row[1] += len(document.text)
-    rows = [
-        {"domain": domain, "split": split, "documents": n, "characters": size}
-        for (domain, split), (n, size) in sorted(found.items())
-    ]
-    lines = [
-        f"{r['domain']:20} {r['split']:6} {r['documents']:7,} documents "
-        f"{r['characters']:12,} characters"
-        for r in rows
-    ]
-    return rows, "\n".join(lines)
+            new = {"domain": document.domain, "split": split, "documents": 0, "characters": 0}
+            row = rows.setdefault((document.domain, split), new)
+            row["documents"] += 1
+            row["characters"] += len(document.text)
+    return [rows[key] for key in sorted(rows)]
 
 
-@dataclass
-class Fetch:
-    """Mirror hub sources into the data folder; sizes are shown first."""
-
-    names: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """As `moekit data list` names them, such as cot gsm8k."""
-    to: Path | None = None
-    """The data folder; default MOEKIT_DATA. It is made if it is not there."""
-    origin: str = ""
-    """A folder or file:// address with <repository>/<files> in place of the hub."""
-    yes: bool = False
-    """Fetch without asking."""
-    json: bool = False
-
-    def run(self) -> tuple[object, str]:
-        from moekit.data.fetch import as_text, fetch, plan
-        from moekit.data.sources import data_dir
-
-        if not self.names:
-            raise ValueError("name the sources to fetch, as `moekit data list` names them")
-        items = plan(self.names, self.origin)
-        print(as_text(items), file=sys.stderr)
-        if self.to:
-            self.to.mkdir(parents=True, exist_ok=True)
-        root = data_dir(self.to)
-        asked = not self.yes and sys.stdin.isatty() and input("fetch? [y/N] ")
-        if not (self.yes or (asked and asked.strip().lower().startswith("y"))):
-            raise ValueError("nothing was fetched: answer y, or use --yes")
-        entries = fetch(items, root, self.origin)
-        return (
-            entries,
-            f"{len(entries)} files are in {root / 'hub'}; `moekit data check` checks them",
+def _corpus_text(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        lines.append(
+            f"{row['domain']:20} {row['split']:6} {row['documents']:7,} documents "
+            f"{row['characters']:12,} characters"
         )
+    return "\n".join(lines)
 
 
-@dataclass
-class Check:
-    """Check a data folder: every file against its manifest, every row against its schema."""
+def fetch(
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional],
+    *,
+    to: Path | None = None,
+    origin: str = "",
+    yes: bool = False,
+    json: AsJson = False,
+) -> int:
+    """Download hub sources into the data folder; their sizes are shown first.
 
-    folder: Annotated[Path | None, tyro.conf.Positional] = None
-    """Default MOEKIT_DATA."""
-    json: bool = False
+    Args:
+      sources: Names of hub sources, as `moekit data list` shows them, such as cot gsm8k.
+      to: The data folder, which is created if missing; by default MOEKIT_DATA.
+      origin: Folder or file:// address that holds <repository>/<files>, used instead of the hub.
+      yes: Download without a question.
+    """
+    from moekit.data.fetch import as_text, fetch as download, plan
+    from moekit.data.sources import data_dir
 
-    def run(self) -> tuple[object, str, int]:
-        from moekit.data.check import check
+    if not sources:
+        raise ValueError("name the sources to fetch, as `moekit data list` names them")
+    items = plan(sources, origin)
+    print(as_text(items), file=sys.stderr)
+    if to:
+        to.mkdir(parents=True, exist_ok=True)
+    root = data_dir(to)
+    if not (yes or _confirmed()):
+        raise ValueError("nothing was fetched: answer y, or use --yes")
+    entries = download(items, root, origin)
+    text = f"{len(entries)} files are in {root / 'hub'}; `moekit data check` checks them"
+    print_result(entries, text, json)
+    return 0
 
-        report = check(self.folder)
-        return asdict(report), str(report), 1 if report.faults else 0
+
+def _confirmed() -> bool:
+    """Whether the user agrees; a program that cannot be asked does not."""
+    if not sys.stdin.isatty():
+        return False
+    return input("fetch? [y/N] ").strip().lower().startswith("y")
 
 
-_Verb = (
-    Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Describe, tyro.conf.subcommand("describe")]
-    | Annotated[Fetch, tyro.conf.subcommand("fetch")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
-)
+def check(
+    folder: Annotated[Path | None, tyro.conf.Positional] = None, *, json: AsJson = False
+) -> int:
+    """Check a data folder: every file against its manifest, every row against its schema.
+
+    The exit code is 1 where faults were found.
+
+    Args:
+      folder: The data folder; by default MOEKIT_DATA.
+    """
+    from moekit.data.check import check as check_folder
+
+    report = check_folder(folder)
+    print_result(asdict(report), str(report), json)
+    return 1 if report.faults else 0
 
 
-@dataclass
-class Data:
-    """Data sources: what there is, what training sees, mirroring, checking."""
-
-    verb: Annotated[_Verb, tyro.conf.OmitSubcommandPrefixes, tyro.conf.arg(name="")]
-
-    @property
-    def json(self) -> bool:
-        return self.verb.json
-
-    def run(self) -> tuple:
-        return self.verb.run()
+COMMAND = {"list": list_data, "describe": describe, "fetch": fetch, "check": check}

@@ -1,33 +1,73 @@
-"""Executes the notebooks in order: progress, warnings as errors, results in one folder."""
+"""moekit tour: the notebooks, executed in order, with warnings as errors."""
 
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import nbformat
+from nbformat import NotebookNode
 from tqdm import tqdm
 
+from moekit.commands.environment import keep_freed_memory
+from moekit.commands.output import AsJson, print_result
+
 TIMEOUT = 900  # seconds a cell may take
+# the kernel's own shutdown may warn
+WARNINGS_ARE_ERRORS = """import warnings
+warnings.simplefilter('error')
+warnings.filterwarnings('ignore', module='ipykernel')"""
+
+
+def tour(
+    out: Path = Path("tour"), in_place: bool = False, only: str = "", json: AsJson = False
+) -> int:
+    """Execute the notebooks in their small setting; `make tour` calls this.
+
+    Args:
+      out: Folder for the executed notebooks and their figures.
+      in_place: Store the outputs in notebooks/ as well.
+      only: Prefix of the notebooks to execute, such as 01.
+    """
+    keep_freed_memory()  # the kernels inherit it
+    rows = execute_notebooks(out, in_place=in_place, only=only)
+    minutes = sum(row["seconds"] for row in rows) / 60
+    text = (
+        f"{len(rows)} notebooks ran in {minutes:.1f} minutes.\n"
+        f"Executed notebooks: {out}/*.ipynb\nFigures: {out}/figures/*.png"
+    )
+    print_result(rows, text, json)
+    return 0
+
+
+COMMAND = tour
 
 
 def notebooks(folder: Path = Path("notebooks")) -> list[Path]:
-    """The notebooks (percent-format sources) in order; FileNotFoundError if there are none."""
+    """The notebooks (percent-format sources) in order.
+
+    Raises:
+      FileNotFoundError: the folder has none.
+    """
     found = sorted(folder.glob("[0-9][0-9]_*.py"))
     if not found:
         raise FileNotFoundError(f"no notebooks in {folder.absolute()}: run this in the repository")
     return found
 
 
-def tour(out: Path = Path("tour"), *, in_place: bool = False, only: str = "") -> list[dict]:
-    """Execute every notebook in its small setting.
+def execute_notebooks(
+    out: Path = Path("tour"), *, in_place: bool = False, only: str = ""
+) -> list[dict[str, Any]]:
+    """Execute every notebook in its small setting; returns name, seconds and cells of each.
 
     Args:
-      out: executed notebooks and their figures go here.
+      out: folder for the executed notebooks and their figures.
       in_place: store the outputs in notebooks/ as well.
-      only: prefix of the notebooks to run, such as "01".
+      only: prefix of the notebooks to execute, such as "01".
 
     Raises:
-      ValueError: a cell failed or warned; the message has notebook, cell and error, and `out` has
-        the notebook as far as it came.
+      ValueError: a cell failed or warned. The message has notebook, cell and error; `out` has the
+        notebook up to that cell.
     """
     import jupytext
 
@@ -36,37 +76,34 @@ def tour(out: Path = Path("tour"), *, in_place: bool = False, only: str = "") ->
         raise ValueError(f"no notebook starts with {only!r}: {[p.stem for p in notebooks()]}")
     figures = (out / "figures").absolute()
     figures.mkdir(parents=True, exist_ok=True)
-    # the kernel inherits these: warnings are errors there too, and figures go where we can see them
+    # the kernels inherit both
     os.environ["MOEKIT_FIGURES"] = str(figures)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     rows = []
-    with tqdm(sources, unit="notebook") as bar:
-        for path in bar:
-            bar.set_description(path.stem)
-            start = time.perf_counter()
-            notebook = jupytext.read(path)
-            try:
-                cells = _execute(notebook, path)
-            except ValueError:
-                _write(notebook, out / f"{path.stem}.ipynb")
-                raise
-            seconds = round(time.perf_counter() - start, 1)
-            for folder in (out, path.parent) if in_place else (out,):
-                _write(notebook, folder / f"{path.stem}.ipynb")
-            row = {"notebook": path.stem, "seconds": seconds, "cells": cells}
-            rows.append(row)
-            tqdm.write(f"{path.stem}: {cells} cells in {seconds} s")
+    progress = tqdm(sources, unit="notebook")
+    for path in progress:
+        progress.set_description(path.stem)
+        start = time.perf_counter()
+        notebook = jupytext.read(path)
+        try:
+            cells = _execute(notebook, path.stem)
+        except ValueError:
+            _write(notebook, out / f"{path.stem}.ipynb")
+            raise
+        seconds = round(time.perf_counter() - start, 1)
+        _write(notebook, out / f"{path.stem}.ipynb")
+        if in_place:
+            _write(notebook, path.with_suffix(".ipynb"))
+        rows.append({"notebook": path.stem, "seconds": seconds, "cells": cells})
+        tqdm.write(f"{path.stem}: {cells} cells in {seconds} s")
     return rows
 
 
-def _execute(notebook, path: Path) -> int:
+def _execute(notebook: NotebookNode, name: str) -> int:
+    """Execute a notebook in place; returns the number of its code cells."""
     import nbclient
-    import nbformat
 
-    # the kernel's own shutdown may warn
-    strict = "import warnings; warnings.simplefilter('error')"
-    strict += "; warnings.filterwarnings('ignore', module='ipykernel')"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(WARNINGS_ARE_ERRORS))
     client = nbclient.NotebookClient(
         notebook,
         timeout=TIMEOUT,
@@ -77,40 +114,42 @@ def _execute(notebook, path: Path) -> int:
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
-        problem = f"{error.ename}: {error.evalue}"
-        failed = next(
-            number
-            for number, cell in enumerate(notebook.cells)
-            if any(output.output_type == "error" for output in cell.get("outputs", ()))
-        )
-        raise ValueError(f"notebook {path.stem}, cell {failed}: {problem[:400]}") from None
+        problem = f"{error.ename}: {error.evalue}"[:400]
+        raise ValueError(f"notebook {name}, cell {_failed_cell(notebook)}: {problem}") from None
     except nbclient.exceptions.CellTimeoutError:
-        raise ValueError(f"notebook {path.stem}: a cell took more than {TIMEOUT} s") from None
+        raise ValueError(f"notebook {name}: a cell took more than {TIMEOUT} s") from None
     del notebook.cells[0]
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for count, cell in enumerate(code, 1):
-        cell.metadata.pop("execution", None)  # dates would differ every time
-        cell.execution_count = count
-        cell.outputs = [_clean(output, count) for output in cell.outputs if _kept(output)]
-    return len(code)
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code_cells, 1):
+        _tidy(cell, count)
+    return len(code_cells)
 
 
-def _kept(output) -> bool:
-    """Progress bars are for watching, not for keeping."""
-    return not (output.output_type == "stream" and output.name == "stderr")
+def _failed_cell(notebook: NotebookNode) -> int:
+    """Index of the cell with an error, counted from 1 without the inserted one."""
+    for index, cell in enumerate(notebook.cells):
+        if any(output.output_type == "error" for output in cell.get("outputs", ())):
+            return index
+    return 0
 
 
-def _clean(output, count: int):
-    if "execution_count" in output:
-        output["execution_count"] = count
-    return output
+def _tidy(cell: NotebookNode, count: int) -> None:
+    """Remove what differs between executions: dates, counters, progress bars."""
+    cell.metadata.pop("execution", None)
+    cell.execution_count = count
+    kept = []
+    for output in cell.outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            continue
+        if "execution_count" in output:
+            output["execution_count"] = count
+        kept.append(output)
+    cell.outputs = kept
 
 
-def _write(notebook, path: Path) -> None:
-    import nbformat
-
-    for i, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{i}"
+def _write(notebook: NotebookNode, path: Path) -> None:
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{index}"
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     notebook.metadata["jupytext"] = {"formats": "ipynb,py:percent"}
     notebook.metadata.pop("language_info", None)

@@ -1,0 +1,117 @@
+"""Figures of recorded results: studies and evaluations, read from their JSON files."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moekit.analysis import plots
+from moekit.analysis.specialization import Specialization
+from moekit.training.metrics import Metrics
+
+LOSS = "validation loss (nats a target token)"
+DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def figures(
+    results: Path = Path("assets/results"), out: Path = Path("assets/figures")
+) -> list[Path]:
+    """Draw the figures of every recorded study and evaluation again; returns their files.
+
+    Raises:
+      FileNotFoundError: the folder has no results.
+      ValueError: a file is not a record, or a damaged one; the message names it.
+    """
+    paths: list[Path] = []
+    for path in sorted(Path(results).glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if record["kind"] == "study":
+                paths += draw_study(record, path.stem, Path(out))
+            elif record["kind"] == "evaluation":
+                paths.append(draw_evaluation(record, path.stem, Path(out)))
+        except DAMAGED as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path} is not a record of `moekit study` or `moekit eval --out`, or is damaged "
+                f"({problem[:200]}): record it again or remove it"
+            ) from None
+    if not paths:
+        raise FileNotFoundError(f"no recorded study in {results}: `moekit study` makes one")
+    return paths
+
+
+def draw_evaluation(record: dict[str, Any], name: str, folder: Path) -> Path:
+    """Draw the scores that `moekit eval --out` recorded; returns the file."""
+    average = record["normalised_average"]["score"]
+    title = f"{record['model']}, normalised average {average:.1%}"
+    figure = plots.plot_scores({record["model"]: record["suites"]}, title)
+    return plots.save_figure(figure, folder / f"{name}-scores.png")
+
+
+def draw_study(results: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """Draw everything that a study recorded; returns the files, whose names begin with `name`."""
+    for family in results["models"]:
+        if not re.fullmatch(r"[\w.-]+", family):
+            raise ValueError(f"the model name {family!r} cannot be part of a file's name")
+    prefix = str(folder / name)
+    paths = [
+        plots.save_figure(_pretraining(results), f"{prefix}-pretraining.png"),
+        plots.save_figure(_tuning(results), f"{prefix}-tuning.png"),
+        plots.save_figure(_scores(results), f"{prefix}-scores.png"),
+    ]
+    for family, model in results["models"].items():
+        for stage in ("before", "after"):
+            routing = model[f"routing_{stage}"]
+            if routing:
+                title = f"{model['config']['name']}, {stage} tuning"
+                load, domains = _load(routing, title), _domains(routing, title)
+                paths.append(plots.save_figure(load, f"{prefix}-{family}-load-{stage}.png"))
+                paths.append(plots.save_figure(domains, f"{prefix}-{family}-domains-{stage}.png"))
+    return paths
+
+
+def _curves(results: dict[str, Any], stage: str) -> dict[str, Metrics]:
+    """The log of a stage of every model, by the model's name."""
+    models = results["models"].values()
+    return {model["config"]["name"]: Metrics(rows=model[stage]) for model in models}
+
+
+def _pretraining(results: dict[str, Any]) -> Figure:
+    entropy = [("unigram entropy of the targets", results["unigram_entropy"])]
+    curves = _curves(results, "pretrain")
+    return plots.plot_learning_curves(curves, "valid_loss", LOSS, "Pretraining", entropy)
+
+
+def _tuning(results: dict[str, Any]) -> Figure:
+    curves = _curves(results, "tune")
+    return plots.plot_learning_curves(curves, "valid_loss", LOSS, "Instruction tuning")
+
+
+def _scores(results: dict[str, Any]) -> Figure:
+    groups = {}
+    for stage in ("before", "after"):
+        for model in results["models"].values():
+            groups[f"{model['config']['name']}, {stage} tuning"] = model[stage]
+    return plots.plot_scores(groups, "Zero-shot, before and after instruction tuning")
+
+
+def _load(routing: dict[str, Any], title: str) -> Figure:
+    loads = {stack: np.array(load) for stack, load in routing["load"].items()}
+    return plots.plot_load(loads, title)
+
+
+def _domains(routing: dict[str, Any], title: str) -> Figure:
+    domains = routing["domains"]
+    result = Specialization(
+        labels=tuple(domains["labels"]),
+        share=np.array(domains["share"]),
+        low=np.array(domains["low"]),
+        high=np.array(domains["high"]),
+        chance=np.array(domains["chance"]),
+        p_value=np.array(domains["p_value"]),
+    )
+    return plots.plot_specialization(result, title)

@@ -1,0 +1,46 @@
+"""Settings of the process that must be made before jax starts."""
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+_ACCELERATOR_FILES = ("accel*", "vfio/*", "nvidia*", "kfd")
+# glibc's names and numbers of its options (malloc.h), and their values
+_MALLOC_OPTIONS = (
+    ("MALLOC_ARENA_MAX", -8, 1),
+    ("MALLOC_MMAP_MAX_", -4, 0),  # no blocks outside of the heap
+    ("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1),
+)
+
+
+def has_accelerator() -> bool:
+    """Whether the system shows a TPU or GPU, found without starting jax."""
+    devices = Path("/dev")
+    return any(any(devices.glob(pattern)) for pattern in _ACCELERATOR_FILES)
+
+
+def use_cpu_without_accelerator() -> None:
+    """Set JAX_PLATFORMS=cpu where libtpu is installed but no TPU or GPU is present.
+
+    jax would otherwise try the TPU and print its warnings. To be called before jax is imported.
+    """
+    if importlib.util.find_spec("libtpu") and not has_accelerator():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory instead of returning it to the system.
+
+    On a CPU every training step would otherwise map its memory anew, and the kernel fill it with
+    zeros. To be called before jax starts its threads, which choose their heaps then.
+    """
+    if sys.platform != "linux" or has_accelerator():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for name, option, value in _MALLOC_OPTIONS:
+        os.environ.setdefault(name, str(value))  # for processes that this one starts
+        mallopt(option, int(os.environ[name]))

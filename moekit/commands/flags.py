@@ -1,0 +1,46 @@
+"""Flags that several verbs share: lists, mesh axes, and numbers with a lower bound."""
+
+MESH_AXES = ("data", "expert", "model")
+MAX_SEED = 2**32 - 1
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a list that is separated by commas, such as mmlu,bbh."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """The axis sizes in a text such as expert=64,model=2.
+
+    Raises:
+      ValueError: an unknown axis, or a size that is no positive number.
+    """
+    axes = {}
+    for part in names(text):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"mesh {text!r}: write axes (data, expert, model) as expert=8,model=2")
+        axes[axis] = int(size)
+    return axes
+
+
+def require_at_least(minimum: int, **flags: int | float | None) -> None:
+    """Check numbers that have a lower bound; None is a flag that was not given.
+
+    Raises:
+      ValueError: a number is below the bound.
+    """
+    for name, value in flags.items():
+        if value is not None and not value >= minimum:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; use {minimum} or more")
+
+
+def require_seed(seed: int) -> None:
+    """Check a seed, which numpy and jax both have to accept.
+
+    Raises:
+      ValueError: the seed is negative or has more than 32 bits.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed is {seed}; use a number from 0 to {MAX_SEED}")

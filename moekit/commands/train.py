@@ -1,0 +1,105 @@
+"""moekit train: a preset or a checkpoint, on a mixture or a corpus."""
+
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+import moekit as mk
+from moekit import distributed
+from moekit.commands.devices import device_mesh
+from moekit.commands.environment import keep_freed_memory
+from moekit.commands.flags import mesh_axes, names, require_seed
+from moekit.commands.output import AsJson, print_result
+from moekit.config import ModelConfig, TrainConfig
+from moekit.data.mixture import Mixture
+from moekit.data.span_corruption import Corpus
+
+DEFAULTS = TrainConfig(steps=100, batch_tokens=8192)
+
+
+def train(
+    workdir: Path,
+    *,
+    preset: str = "st-nano",
+    mixture: str = "builtin",
+    source: str = "mirror",
+    hold_out: str = "",
+    corpus: str = "",
+    checkpoint: Path | None = None,
+    router: str = "",
+    tokenizer: str = "",
+    on_error: str = "stop",
+    mesh: str = "",
+    coordinator: str = "",
+    processes: int | None = None,
+    process_id: int | None = None,
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = DEFAULTS,
+    json: AsJson = False,
+) -> int:
+    """Train a preset or a checkpoint on a mixture or a corpus.
+
+    The same command resumes a run that was interrupted.
+
+    Args:
+      workdir: Folder for metrics and checkpoints; a run that it holds is resumed.
+      preset: Model to train, one of `moekit doctor --presets`.
+      mixture: FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation.
+      source: Source of the mixture: mirror (the data folder), hub (ready-made) or hub-raw (raw
+        sets of the hub with our templates).
+      hold_out: Leave out tasks that overlap with these suites, such as mmlu,bbh.
+      corpus: Pretrain on this text instead: builtin, mirror, or parts such as books,speeches.
+      checkpoint: Start from this model instead of a new one.
+      router: Another router: switch, top2, gshard, expert-choice, loss-free, hash, random.
+      tokenizer: Path of a SentencePiece model; by default the preset's tokenizer.
+      on_error: What to do with malformed rows: stop or skip.
+      mesh: Shard over all devices: axis sizes such as expert=8 or expert=4,model=2.
+      coordinator: host:port of process 0 of a run on several hosts; not needed on TPU slices.
+      processes: Number of processes of a run on several hosts; not needed on TPU slices.
+      process_id: Index of this process, from 0; not needed on TPU slices.
+    """
+    require_seed(config.seed)
+    axes = mesh_axes(mesh)
+    keep_freed_memory()
+    distributed.start(coordinator, processes, process_id)
+    sharded = axes or jax.process_count() > 1
+    devices = device_mesh(axes) if sharded else None
+    if checkpoint and (router or tokenizer):
+        raise ValueError("--router and --tokenizer change a new model: leave out --checkpoint")
+    if checkpoint:
+        model = mk.load(checkpoint, mesh=devices)
+        data = _training_data(mixture, source, hold_out, corpus, on_error)
+    else:
+        cfg = _model_config(preset, router, tokenizer)
+        data = _training_data(mixture, source, hold_out, corpus, on_error)
+        model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
+    run = mk.train(model, data, config, workdir=workdir)
+    if distributed.is_first():
+        last = run.metrics.rows[-1]
+        text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {workdir}"
+        print_result({"workdir": str(workdir), **last}, text, json)
+    return 0
+
+
+COMMAND = train
+
+
+def _model_config(preset: str, router: str, tokenizer: str) -> ModelConfig:
+    """A preset with another router and tokenizer, where they are named."""
+    cfg = mk.preset(preset)
+    if router:
+        cfg = cfg.replace(router=router)
+    if tokenizer:
+        vocab_size = mk.load_tokenizer(tokenizer).vocab_size
+        cfg = cfg.replace(tokenizer=tokenizer, vocab_size=vocab_size)
+    return cfg
+
+
+def _training_data(
+    mixture: str, source: str, hold_out: str, corpus: str, on_error: str
+) -> Mixture | Corpus:
+    """The corpus if one is named, else the mixture."""
+    if corpus:
+        return mk.corpus(corpus)
+    return mk.flan_mixture(mixture, source=source, hold_out=names(hold_out), on_error=on_error)
