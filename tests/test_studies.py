@@ -9,4 +9,4 @@ def test_study_settings_are_checked():
     with pytest.raises(ValueError, match="did you mean 'mirror'"):
         StudyConfig(source="miror")
     with pytest.raises(ValueError, match="unknown preset 'foo-nano'"):
-        StudyConfig(flavours=("foo",))
+        StudyConfig(families=("foo",))
