@@ -40,12 +40,14 @@ from .config import (
 )
 from .data.batch import (
     Batch as Batch,
-    batches as batches,
     pad_prompts as pad_prompts,
     unigram_entropy as unigram_entropy,
 )
 from .data.flan import (
     flan_mixture as flan_mixture,
+)
+from .data.loader import (
+    batches as batches,
 )
 from .data.mixture import (
     Mixture as Mixture,
@@ -54,8 +56,6 @@ from .data.sources import (
     corpus as corpus,
 )
 from .data.span_corruption import (
-    Corpus as Corpus,
-    Document as Document,
     restore as restore,
     span_corruption as span_corruption,
 )
@@ -70,6 +70,10 @@ from .data.tasks import (
     Task as Task,
     Template as Template,
     format_prompt as format_prompt,
+)
+from .data.text import (
+    Corpus as Corpus,
+    Document as Document,
 )
 from .data.tokenizer import (
     ByteTokenizer as ByteTokenizer,

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from moekit.analysis.recorded import draw_study
 from moekit.analysis.specialization import domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
 from moekit.config import ModelConfig, TrainConfig, preset
-from moekit.data.batch import batches, unigram_entropy
+from moekit.data.batch import unigram_entropy
 from moekit.data.flan import flan_mixture
-from moekit.data.mixture import Formats, Mixture
+from moekit.data.loader import batches
+from moekit.data.mixture import Mixture, PromptFormats
 from moekit.data.sources import corpus as open_corpus, data_dir
-from moekit.data.span_corruption import Corpus
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
+from moekit.data.text import Corpus
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from moekit.errors import unknown
 from moekit.evaluation.evaluator import evaluate
@@ -190,7 +191,7 @@ def finetune(
 
 def single_task(task: Task) -> Mixture:
     """A mixture of one task, zero-shot and with its options, as evaluation prompts it."""
-    formats = Formats(few_shot=0.0, no_options=0.0)
+    formats = PromptFormats(few_shot=0.0, no_options=0.0)
     return Mixture(task.name, (task,), (1.0,), (formats,), ("finetuning",))
 
 
@@ -425,13 +426,7 @@ def summary(results: dict[str, Any]) -> str:
 def _with_validation(mixture: Mixture) -> Mixture:
     """The tasks of a mixture that have validation examples."""
     kept = [index for index, task in enumerate(mixture.tasks) if _has_validation(task)]
-    return replace(
-        mixture,
-        tasks=tuple(mixture.tasks[index] for index in kept),
-        weights=tuple(mixture.weights[index] for index in kept),
-        formats=tuple(mixture.formats[index] for index in kept),
-        parts=tuple(mixture.parts[index] for index in kept),
-    )
+    return mixture.select(kept)
 
 
 def _has_validation(task: Task) -> bool:

@@ -68,8 +68,8 @@ task = tasks["word_problem"]
 example, *others = task.examples("train")[:3]
 forms = {
     "zero-shot": {"options": False},
-    "options": {"template": 3, "style": 0},
-    "lettered options": {"template": 1, "style": 3},
+    "options": {"template": 3, "option_style": 0},
+    "lettered options": {"template": 1, "option_style": 3},
     "one exemplar": {"template": 5, "options": False, "shots": others[:1]},
     "chain of thought": {"options": False, "chain_of_thought": True},
     "inverted": {"inverted": True},

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from moekit.analysis.trace_file import FIELDS, STACKS, read_trace, write_trace
 from moekit.data.batch import Batch, pad_pairs, tokenize_prompt
-from moekit.data.span_corruption import Corpus
 from moekit.data.tasks import Prompt, stable_random
+from moekit.data.text import Corpus
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite, unknown

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moekit.data.batch import batches
 from moekit.data.flan import flan_mixture
+from moekit.data.loader import batches
 from moekit.data.mixture import Mixture
 from moekit.data.packing import propose_lengths
 from moekit.data.sources import corpus
@@ -22,8 +22,8 @@ PARTS = ("niv2", "cot", "dialog")
 def instructions() -> Mixture:
     """NIv2, chain of thought and dialog of the data folder, in FLAN 2022's proportions."""
     whole = flan_mixture("flan2022")
-    keep = [i for i, part in enumerate(whole.parts) if part in PARTS]
-    fields = ("tasks", "weights", "formats", "parts")
+    keep = [i for i, part in enumerate(whole.submixtures) if part in PARTS]
+    fields = ("tasks", "weights", "formats", "submixtures")
     chosen = {name: tuple(getattr(whole, name)[i] for i in keep) for name in fields}
     return replace(whole, name="+".join(PARTS), **chosen)
 
@@ -57,12 +57,12 @@ def input_pipeline(
     stream = batches(mixture, tokenizer, **lengths, batch_size=32, seed=0, workers=workers)
     epoch = sum(task.train_size for task in mixture.tasks)
     next(stream)
-    stream.take_counts()
-    counts, memory, start = stream.take_counts(), [_rss_mib()], time.perf_counter()
+    stream.take_statistics()
+    counts, memory, start = stream.take_statistics(), [_rss_mib()], time.perf_counter()
     with tqdm(total=epoch, desc="bench input", unit="example") as bar:
         while (done := counts.row()["examples"]) < epoch:
             next(stream)
-            counts += stream.take_counts()
+            counts += stream.take_statistics()
             bar.update(counts.row()["examples"] - done)
             if done >= epoch * len(memory) / 10:
                 memory.append(_rss_mib())

@@ -14,7 +14,7 @@ from moekit.commands.flags import mesh_axes, names, require_seed
 from moekit.commands.output import AsJson, print_result
 from moekit.config import ModelConfig, TrainConfig
 from moekit.data.mixture import Mixture
-from moekit.data.span_corruption import Corpus
+from moekit.data.text import Corpus
 
 DEFAULTS = TrainConfig(steps=100, batch_tokens=8192)
 

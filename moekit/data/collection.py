@@ -5,7 +5,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 
-from moekit.data.mixture import Formats
+from moekit.data.mixture import PromptFormats
 
 _TABLE = tomllib.loads(files("moekit.data").joinpath("flan.toml").read_text("utf-8"))
 
@@ -24,7 +24,7 @@ MIXTURES: dict[str, dict[str, SubMixture]] = {
     name: {part: SubMixture(**row) for part, row in parts.items()}
     for name, parts in _TABLE["mixtures"].items()
 }
-FORMATS = {group: Formats(**row) for group, row in _TABLE["formats"].items()}
+FORMATS = {group: PromptFormats(**row) for group, row in _TABLE["formats"].items()}
 GROUPS = tuple(FORMATS)
 
 

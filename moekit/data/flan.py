@@ -10,18 +10,18 @@ from pathlib import Path
 
 from moekit.data.collection import FORMATS, GROUPS, MIXTURES
 from moekit.data.mirror import Mirror
-from moekit.data.mixture import Formats, Mixture
+from moekit.data.mixture import Mixture, PromptFormats
 from moekit.data.tasks import Task
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")
 # mostly short prompts: a nano model learns from many examples in the tour's few minutes
-BUILTIN_FORMATS = Formats(few_shot=0.1, no_options=0.75, chain_of_thought=0.05, inverted=0.02)
+BUILTIN_FORMATS = PromptFormats(few_shot=0.1, no_options=0.75, chain_of_thought=0.05, inverted=0.02)
 # ready-made prompts are few-shot already where they should be
-READY_FORMATS = Formats(few_shot=0.0, no_options=0.0)
+READY_FORMATS = PromptFormats(few_shot=0.0, no_options=0.0)
 NAMES = ("builtin", *MIXTURES)
 SOURCES = ("mirror", "hub", "hub-raw")
-Groups = dict[str, list[tuple[Task, Formats]]]
+Groups = dict[str, list[tuple[Task, PromptFormats]]]
 
 
 def flan_mixture(
@@ -137,7 +137,7 @@ def _own_tasks(mirror: Mirror) -> dict[str, list[Task]]:
     return {group: [task for task in tasks if task] for group, tasks in groups.items()}
 
 
-def _proportional(name: str, groups: Groups) -> Iterator[tuple[str, Task, Formats, float]]:
+def _proportional(name: str, groups: Groups) -> Iterator[tuple[str, Task, PromptFormats, float]]:
     """Every task with its sub-mixture and weight; an absent sub-mixture leaves its share."""
     for part, sub in MIXTURES[name].items():
         rows = [pair for group in sub.groups for pair in groups.get(group, ())]
@@ -154,7 +154,7 @@ def _mixture(name: str, rows: Iterable[tuple], dropped: Mapping[str, str]) -> Mi
     return Mixture(name, tasks, tuple(map(float, weights)), formats, parts, dropped)
 
 
-def _builtin(everything: bool) -> list[tuple[Task, Formats]]:
+def _builtin(everything: bool) -> list[tuple[Task, PromptFormats]]:
     from moekit.data.builtin.tasks import builtin_tasks
 
     tasks = builtin_tasks().values()
@@ -190,7 +190,7 @@ def _overlaps(groups: Groups, hold_out: Sequence[str], data_dir) -> dict[str, st
     return overlapping([task for _, task, _ in _flat(groups)], hold_out, data_dir)
 
 
-def _flat(groups: Groups) -> Iterator[tuple[str, Task, Formats]]:
+def _flat(groups: Groups) -> Iterator[tuple[str, Task, PromptFormats]]:
     for group, pairs in groups.items():
         for task, formats in pairs:
             yield group, task, formats

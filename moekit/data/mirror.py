@@ -292,7 +292,7 @@ class Mirror:
             splits=("train", "test") if shots else ("test",),
             origin=lambda: files_digest(self.root / file for file in parts.values()) + prompt,
             held_out=True,
-            ask=ask,
+            published_prompt=ask,
         )
 
     # the rest

@@ -1,130 +1,182 @@
-"""Packing examples of two sides, inputs and targets, into rows; lengths at which both get full."""
+"""Packing of examples with inputs and targets into rows, and lengths that fill both sides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from moekit.data.batch import Source
 from moekit.data.tokenizer import Tokenizer
 
 OPEN_ROWS = 32  # rows that are filled at the same time
 WINDOW = 128  # examples that are packed largest first
-Sized = tuple[tuple[int, int], Any]  # tokens of either side, and what they are the sizes of
+INPUT_LENGTHS = (512, 1024, 2048, 4096, 8192)  # tried by `propose_lengths`
+TARGET_FACTORS = (0.85, 0.9, 0.95, 1, 1.05, 1.1)
+SizedExample = tuple[tuple[int, int], Any]  # number of input and target tokens, and the example
 
 
 class Packer:
     """Best fit, largest first within a window, over a bounded number of open rows.
 
-    An example goes into the open row that it leaves the least room in. Where none has room, the
+    An example is put into the open row in which it leaves the least room. If it fits into none, the
     fullest row is topped up from the window and closed. grain's packers close all their rows at
     once: of a FLAN mixture's inputs at 512 / 128 its best fit fills 0.92 with 64 open rows and
     0.945 with 512, this one 0.955 with 32.
     """
 
-    def __init__(self, limits: tuple[int, int]):
+    def __init__(self, limits: tuple[int, int]) -> None:
         self.limits = np.array(limits)
         self.free = np.tile(self.limits, (OPEN_ROWS, 1))
         self.rows: list[list] = [[] for _ in range(OPEN_ROWS)]
-        self.window: list[Sized] = []  # the largest last
+        self.window: list[SizedExample] = []  # the largest last
 
-    def take(self, examples: Iterable[Sized]) -> None:
-        """A new window of examples; ValueError if one is longer than a row."""
-        self.window = sorted(examples, key=lambda example: self._share(example[0]))
-        if self.window and self._share(self.window[-1][0]) > 1:
+    def add_window(self, examples: Iterable[SizedExample]) -> None:
+        """The next examples to pack; a ValueError if one is longer than a row."""
+        self.window = sorted(examples, key=self._share_of_row)
+        if self.window and self._share_of_row(self.window[-1]) > 1:
             raise ValueError(f"{self.window[-1][0]} tokens do not fit a row of {self.limits}")
 
-    def _share(self, sizes: tuple[int, int]) -> float:
-        return max(size / limit for size, limit in zip(sizes, self.limits.tolist(), strict=True))
+    def _share_of_row(self, sized: SizedExample) -> float:
+        (inputs, targets), _ = sized
+        input_limit, target_limit = self.limits.tolist()
+        return max(inputs / input_limit, targets / target_limit)
 
     def put(self, row: int, sizes: tuple[int, int], example: Any) -> None:
         self.free[row] -= sizes
         self.rows[row].append(example)
 
     def pack(self) -> list | None:
-        """Place the window's examples until a row is closed; its examples, or None if none was."""
+        """Place the window's examples until a row is closed.
+
+        Returns the examples of this row, or None if the window is empty before.
+        """
         while self.window:
-            room = ((self.free - self.window[-1][0]) / self.limits).min(1)
-            if room.max() < 0:
+            sizes, example = self.window[-1]
+            remaining = ((self.free - sizes) / self.limits).min(1)
+            if remaining.max() < 0:
                 return self._close_fullest()
-            self.put(int(np.where(room >= 0, room, np.inf).argmin()), *self.window.pop())
+            best_row = int(np.where(remaining >= 0, remaining, np.inf).argmin())
+            self.put(best_row, sizes, example)
+            self.window.pop()
         return None
 
     def _close_fullest(self) -> list:
-        row, rest = int((self.free / self.limits).min(1).argmin()), []
-        inputs, targets = self.free[row].tolist()
-        for sizes, example in reversed(self.window):
-            if sizes[0] <= inputs and sizes[1] <= targets:
-                inputs, targets = inputs - sizes[0], targets - sizes[1]
+        row = int((self.free / self.limits).min(1).argmin())
+        free_inputs, free_targets = self.free[row].tolist()
+        remaining = []
+        for sized in reversed(self.window):
+            (inputs, targets), example = sized
+            if inputs <= free_inputs and targets <= free_targets:
+                free_inputs -= inputs
+                free_targets -= targets
                 self.rows[row].append(example)
             else:
-                rest.append((sizes, example))
-        self.window = rest[::-1]
+                remaining.append(sized)
+        self.window = remaining[::-1]
         return self.close(row)
 
     def close(self, row: int) -> list:
-        closed, self.rows[row] = self.rows[row], []
+        """Empty a row; returns its examples."""
+        closed = self.rows[row]
+        self.rows[row] = []
         self.free[row] = self.limits
         return closed
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """A pair of lengths, how full a sample of `examples` packs there, the share of it cut."""
+    """A pair of lengths: how full a sample of `examples` packs, and the share truncated."""
 
     input_length: int
     target_length: int
     input_fill: float
     target_fill: float
-    cut: float
+    truncated: float
     examples: int
+
+    @property
+    def emptier_fill(self) -> float:
+        return min(self.input_fill, self.target_fill)
 
     def __str__(self) -> str:
         return (
             f"lengths {self.input_length} / {self.target_length} would fill inputs "
-            f"{self.input_fill:.1%}, targets {self.target_fill:.1%} and cut {self.cut:.1%} of the "
-            f"examples (from a sample of {self.examples:,})"
+            f"{self.input_fill:.1%}, targets {self.target_fill:.1%} and truncate "
+            f"{self.truncated:.1%} of the examples (from a sample of {self.examples:,})"
         )
 
 
 def propose_lengths(
-    source: Any,
+    source: Source,
     tokenizer: Tokenizer,
     *,
     full: float = 0.855,
     examples: int = 4096,
     seed: int = 0,
 ) -> Lengths:
-    """The shortest lengths at which both sides of a source's rows are so full; if there are none,
-    the fullest: by the emptier side, less the share of examples cut. Packs the first examples of
-    the stream."""
+    """The shortest lengths at which both sides of a source's rows are filled to `full`.
+
+    If there are none, the lengths whose emptier side is fullest, minus the share of examples that
+    are truncated. The first examples of the stream are packed to find out.
+    """
     from tqdm import tqdm
 
-    found = []
-    for length in tqdm((512, 1024, 2048, 4096, 8192), desc="propose lengths", leave=False):
-        pairs = source.token_pairs(tokenizer, input_length=length, target_length=length, seed=seed)
-        drawn = (pairs[i] for i in range(examples))
-        sizes = np.array([(len(p["inputs"]), len(p["targets"]), p["lost"]) for p in drawn])
-        even = length * sizes[:, 1].mean() / sizes[:, 0].mean()
-        factors = (0.85, 0.9, 0.95, 1, 1.05, 1.1)
-        targets = {max(8, 8 * round(even * factor / 8)) for factor in factors}
-        found += [_packed(sizes, (length, target)) for target in sorted(targets)]
-        best = max(found, key=lambda x: min(x.input_fill, x.target_fill) - x.cut)
-        if min(best.input_fill, best.target_fill) >= full:
+    measured: list[Lengths] = []
+    for input_length in tqdm(INPUT_LENGTHS, desc="propose lengths", leave=False):
+        sizes = _sample_sizes(source, tokenizer, input_length, examples, seed)
+        for target_length in _target_lengths(sizes, input_length):
+            measured.append(_measure(sizes, input_length, target_length))
+        best = max(measured, key=lambda lengths: lengths.emptier_fill - lengths.truncated)
+        if best.emptier_fill >= full:
             break
     return best
 
 
-def _packed(sizes: Int[np.ndarray, "examples 3"], limits: tuple[int, int]) -> Lengths:
-    packer, rows = Packer(limits), []
-    cut = float(((sizes[:, 2] > 0) | (sizes[:, 1] > limits[1])).mean())
-    fitting = list(map(tuple, np.minimum(sizes[:, :2], limits).tolist()))
-    # over and over, until the rows that stay open count for little
-    fitting *= 1 + 400 * limits[0] // sum(inputs for inputs, _ in fitting)
-    for start in range(0, len(fitting), WINDOW):
-        packer.take((pair, pair) for pair in fitting[start : start + WINDOW])
+def _sample_sizes(
+    source: Source, tokenizer: Tokenizer, length: int, examples: int, seed: int
+) -> Int[np.ndarray, "examples 3"]:
+    """Input tokens, target tokens and truncated tokens of the first examples."""
+    pairs = source.token_pairs(tokenizer, input_length=length, target_length=length, seed=seed)
+    sizes = []
+    for index in range(examples):
+        pair = pairs[index]
+        sizes.append((len(pair["inputs"]), len(pair["targets"]), pair["truncated"]))
+    return np.array(sizes)
+
+
+def _target_lengths(sizes: Int[np.ndarray, "examples 3"], input_length: int) -> list[int]:
+    """Multiples of 8 around the length at which inputs and targets are equally full."""
+    mean_inputs, mean_targets, _ = sizes.mean(0)
+    balanced = input_length * mean_targets / mean_inputs
+    return sorted({max(8, 8 * round(balanced * factor / 8)) for factor in TARGET_FACTORS})
+
+
+def _measure(
+    sizes: Int[np.ndarray, "examples 3"], input_length: int, target_length: int
+) -> Lengths:
+    """Pack a sample repeatedly, until the rows that stay open matter little."""
+    limits = (input_length, target_length)
+    truncated = (sizes[:, 2] > 0) | (sizes[:, 1] > target_length)
+    clipped = np.minimum(sizes[:, :2], limits)
+    repeats = 1 + 400 * input_length // int(clipped[:, 0].sum())
+    fitting = [tuple(pair) for pair in clipped.tolist()] * repeats
+    fills = [np.sum(row, 0) / limits for row in _pack_all(fitting, limits)]
+    input_fill, target_fill = np.mean(fills or [(0.0, 0.0)], 0).tolist()
+    return Lengths(
+        input_length=input_length,
+        target_length=target_length,
+        input_fill=input_fill,
+        target_fill=target_fill,
+        truncated=float(truncated.mean()),
+        examples=len(sizes),
+    )
+
+
+def _pack_all(sizes: list[tuple[int, int]], limits: tuple[int, int]) -> Iterator[list]:
+    packer = Packer(limits)
+    for start in range(0, len(sizes), WINDOW):
+        packer.add_window((pair, pair) for pair in sizes[start : start + WINDOW])
         while closed := packer.pack():
-            rows.append(np.sum(closed, 0) / limits)
-    fills = np.mean(rows or [(0.0, 0.0)], 0).tolist()
-    return Lengths(*limits, *fills, cut, len(sizes))
+            yield closed

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.data.span_corruption import Corpus, Document
+from moekit.data.text import Corpus, Document
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")

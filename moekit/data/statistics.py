@@ -1,5 +1,5 @@
-"""What a stream of packed batches holds: examples and tokens by task and cluster, cut examples,
-how full its rows are."""
+"""Statistics of packed batches: examples and tokens of each task and cluster, truncated examples,
+how full the rows are."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,60 +9,85 @@ from jaxtyping import Int
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Counts of packed rows; those of several times or hosts add up.
+class DataStatistics:
+    """Sums over packed rows; those of several steps or processes add up.
 
     Args:
       labels: (task, cluster) of each row of the table.
       limits: input and target length.
-      rows: how many rows were packed.
-      table: examples, input tokens, target tokens, cut examples, tokens cut off, by task.
+      rows: number of packed rows.
+      table: the `COLUMNS` of each task.
     """
 
     labels: tuple[tuple[str, str], ...]
     limits: tuple[int, int]
     rows: int
     table: Int[np.ndarray, "tasks columns"]
-    COLUMNS: ClassVar = ("examples", "input_tokens", "target_tokens", "cut_examples", "cut_tokens")
+    COLUMNS: ClassVar[tuple[str, ...]] = (
+        "examples",
+        "input_tokens",
+        "target_tokens",
+        "truncated_examples",
+        "truncated_tokens",
+    )
 
-    def __add__(self, other: "Counts") -> "Counts":
+    def __add__(self, other: "DataStatistics") -> "DataStatistics":
         return replace(self, rows=self.rows + other.rows, table=self.table + other.table)
 
     def row(self) -> dict[str, int | float]:
-        """Totals, and the shares of either side's slots that hold real tokens."""
+        """Totals, and for inputs and targets the share of positions that hold real tokens."""
         totals = self.table.sum(0)
-        fills = (totals[1:3] / np.maximum(1, self.rows * np.array(self.limits))).tolist()
-        return dict(zip(self.COLUMNS, totals.tolist(), strict=True)) | {
-            "input_fill": fills[0],
-            "target_fill": fills[1],
-            "packing_efficiency": max(fills),
-        }
+        positions = self.rows * np.array(self.limits)
+        input_fill, target_fill = (totals[1:3] / np.maximum(1, positions)).tolist()
+        found: dict[str, int | float] = _named(totals)
+        found["input_fill"] = input_fill
+        found["target_fill"] = target_fill
+        found["packing_efficiency"] = max(input_fill, target_fill)
+        return found
 
     def to_dict(self) -> dict:
-        """`row()` with "tasks" and "clusters": name to counts, of those that occurred."""
-        groups: dict[str, dict] = {"tasks": {}, "clusters": {}}
-        for names, counts in zip(self.labels, self.table, strict=True):
-            for group, name in zip(groups.values(), names, strict=True):
-                if counts[0]:
-                    group[name] = group.get(name, 0) + counts
-        return self.row() | {
-            kind: {n: dict(zip(self.COLUMNS, c.tolist(), strict=True)) for n, c in group.items()}
-            for kind, group in groups.items()
-        }
+        """`row()` with "tasks" and "clusters": name to sums, of those that occurred."""
+        tasks: dict[str, Int[np.ndarray, columns]] = {}
+        clusters: dict[str, Int[np.ndarray, columns]] = {}
+        for (task, cluster), sums in zip(self.labels, self.table, strict=True):
+            if sums[0]:
+                tasks[task] = tasks.get(task, 0) + sums
+                clusters[cluster] = clusters.get(cluster, 0) + sums
+        found: dict = self.row()
+        found["tasks"] = {name: _named(sums) for name, sums in tasks.items()}
+        found["clusters"] = {name: _named(sums) for name, sums in clusters.items()}
+        return found
 
     def __str__(self) -> str:
-        """A table of clusters, then the tasks with most cut examples."""
+        """A table of clusters, then the tasks with most truncated examples."""
         found = self.to_dict()
         lines = [
-            f"{'cluster':32} {'examples':>9} {'inputs':>11} {'targets':>10} {'cut':>7} {'lost':>9}"
+            f"{'cluster':32} {'examples':>9} {'inputs':>11} {'targets':>10} {'truncated':>9} "
+            f"{'tokens':>9}"
         ]
-        for name, c in sorted(found["clusters"].items(), key=lambda x: -x[1]["examples"]):
-            cells = zip(c.values(), (9, 11, 10, 7, 9), strict=True)
-            lines.append(f"{name[:32]:32} " + " ".join(f"{n:{width},}" for n, width in cells))
-        cut = sorted((-c["cut_examples"], n) for n, c in found["tasks"].items() if c["cut_tokens"])
-        worst = ", ".join(f"{-count:,} of {name}" for count, name in cut[:5])
-        return "\n".join(lines) + (
-            f"\n{found['examples']:,} examples in {self.rows:,} rows: inputs "
+        clusters = sorted(found["clusters"].items(), key=lambda item: -item[1]["examples"])
+        for name, sums in clusters:
+            lines.append(
+                f"{name[:32]:32} {sums['examples']:9,} {sums['input_tokens']:11,} "
+                f"{sums['target_tokens']:10,} {sums['truncated_examples']:9,} "
+                f"{sums['truncated_tokens']:9,}"
+            )
+        lines.append(
+            f"{found['examples']:,} examples in {self.rows:,} rows: inputs "
             f"{found['input_fill']:.1%} full, targets {found['target_fill']:.1%}; "
-            f"{found['cut_examples']:,} examples were cut" + (f": {worst}, .." if worst else "")
+            f"{found['truncated_examples']:,} examples were truncated{self._worst(found['tasks'])}"
         )
+        return "\n".join(lines)
+
+    def _worst(self, tasks: dict[str, dict[str, int]]) -> str:
+        """The tasks with most truncated examples, if there are any."""
+        truncated = []
+        for name, sums in tasks.items():
+            if sums["truncated_tokens"]:
+                truncated.append((-sums["truncated_examples"], name))
+        worst = [f"{-count:,} of {name}" for count, name in sorted(truncated)[:5]]
+        return f": {', '.join(worst)}, .." if worst else ""
+
+
+def _named(sums: Int[np.ndarray, "columns"]) -> dict[str, int]:
+    return dict(zip(DataStatistics.COLUMNS, sums.tolist(), strict=True))

@@ -8,7 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from moekit.data.suites import Suite
-from moekit.data.tasks import Example, Prompt, Task, format_prompt, stable_random
+from moekit.data.tasks import (
+    Example,
+    Prompt,
+    Task,
+    choose_exemplars,
+    format_prompt,
+    stable_random,
+)
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.evaluation.answers import exact_match, extract_answer, most_frequent, rouge_l
 from moekit.evaluation.likelihood import rank_encoded
@@ -121,40 +128,21 @@ def _questions(
         generator = stable_random(seed, task.name, suite.split)
         picks = generator.sample(range(len(examples)), limit)
         examples = [examples[index] for index in sorted(picks)]
-    exemplars = _exemplars(task, suite.chain_of_thought) if suite.shots else []
-    exemplar_keys = {_question_key(exemplar) for exemplar in exemplars}
     questions = []
     for example in examples:
-        usable = exemplars
-        key = _question_key(example)
-        if key in exemplar_keys:
-            usable = [exemplar for exemplar in exemplars if _question_key(exemplar) != key]
-        shots = usable  # a published list, in its order
-        if len(usable) > suite.shots:
-            shots = stable_random(seed, task.name, example.id).sample(usable, suite.shots)
+        shots: list[Example] = []
+        if suite.shots:
+            generator = stable_random(seed, task.name, example.id)
+            shots = choose_exemplars(
+                task,
+                example,
+                suite.shots,
+                generator,
+                chain_of_thought=suite.chain_of_thought,
+            )
         question = _fitting_question(task, example, shots, suite, tokenizer, max_length)
         questions.append(question)
     return questions
-
-
-def _exemplars(task: Task, chain_of_thought: bool) -> list[Example]:
-    """The task's training examples; for chains of thought, those with a rationale if any have."""
-    try:
-        examples = list(task.examples("train"))
-    except ValueError:
-        raise ValueError(
-            f"task {task.name} has no exemplars (no train split): use shots=0"
-        ) from None
-    if not chain_of_thought:
-        return examples
-    return [example for example in examples if example.rationale] or examples
-
-
-def _question_key(example: Example) -> tuple[str, ...]:
-    """What two examples of one question have in common, whatever their ids: fields and options,
-    without case and white space."""
-    texts = (*example.fields.values(), *sorted(example.options))
-    return tuple(" ".join(text.lower().split()) for text in texts)
 
 
 def _fitting_question(
@@ -172,7 +160,7 @@ def _fitting_question(
             example,
             shots=shots[start:],
             options=suite.options,
-            style=suite.style,
+            option_style=suite.style,
             chain_of_thought=suite.chain_of_thought,
         )
         input_ids = [*tokenizer.encode(prompt.input), EOS]

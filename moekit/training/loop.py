@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from moekit.config import TrainConfig
-from moekit.data.batch import Batch, batches
-from moekit.data.statistics import Counts
+from moekit.data.batch import Batch
+from moekit.data.loader import batches
+from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.distributed import gathered, is_first, join_rows, share_of_rows
 from moekit.model.transformer import EncoderDecoder
@@ -45,7 +46,7 @@ class Run:
     metrics: Metrics
     config: TrainConfig
     workdir: Path | None
-    data: Counts
+    data: DataStatistics
 
 
 class NonFiniteLoss(ValueError):
@@ -107,7 +108,7 @@ class _Trainer:
         self.checkpoints = None
         self.metrics = Metrics(self.workdir / "metrics.jsonl" if workdir and is_first() else None)
         self.pending: list[dict] = []
-        self.counts = self.data = self.stream.take_counts()
+        self.counts = self.data = self.stream.take_statistics()
         self.key = jax.random.key(config.seed)
 
     def advance(self) -> None:
@@ -119,7 +120,7 @@ class _Trainer:
         self.pending.append(report)
         self.done += 1
         self.position = self.stream.get_state()
-        self.counts += self.stream.take_counts()
+        self.counts += self.stream.take_statistics()
         # the next batch is read and sent while the device computes
         self.ahead = self.read() if self.done < self.config.steps else None
         if self.model.mesh is not None and jax.default_backend() == "cpu":
@@ -163,7 +164,7 @@ class _Trainer:
             rows=sum(rows for rows, _ in parts) // copies,
             table=np.sum([table for _, table in parts], 0) // copies,
         )
-        self.data, self.counts = self.data + counts, self.stream.take_counts()
+        self.data, self.counts = self.data + counts, self.stream.take_statistics()
         clusters = counts.to_dict()["clusters"].items()
         tokens = {name: c["input_tokens"] + c["target_tokens"] for name, c in clusters}
         return counts.row() | {"cluster_tokens": tokens}

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import moekit as mk
 from moekit.analysis.trace import RouterTrace, text_prompts
-from moekit.data.span_corruption import Corpus, Document
+from moekit.data.text import Corpus, Document
 
 
 @pytest.fixture(scope="module")

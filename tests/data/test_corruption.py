@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moekit.data.span_corruption import Corpus, Document, chunk_length, restore, span_corruption
+from moekit.data.span_corruption import chunk_length, restore, span_corruption
+from moekit.data.text import Corpus, Document
 from moekit.data.tokenizer import EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -12,7 +12,7 @@ import pytest
 import moekit as mk
 from moekit.data.collection import FORMATS, MIXTURES, cluster_of, listed
 from moekit.data.hub import sources
-from moekit.data.tasks import WORDINGS, Template
+from moekit.data.tasks import TEMPLATES, Template
 
 DATA = os.environ.get("MOEKIT_DATA")
 # as printed in Chung 2022, Table 23, and in the public release (flan/v2)
@@ -68,12 +68,12 @@ def test_clusters_of_names_as_sets_write_them(group, task, cluster):
 
 def test_ten_wordings_a_task_type():
     for kind in ("family", "inverted"):
-        for family, wordings in WORDINGS[kind].items():
+        for family, wordings in TEMPLATES[kind].items():
             assert len(set(wordings)) == len(wordings) == 10, family
-    for name, asked in WORDINGS["builtin"].items():
-        assert len(set(asked["wordings"])) == len(asked["wordings"]) == 10, name
+    for name, asked in TEMPLATES["builtin"].items():
+        assert len(set(asked["templates"])) == len(asked["templates"]) == 10, name
     for each in sources().values():
-        for wording in WORDINGS["family"][each.family] if each.config else ():
+        for wording in TEMPLATES["family"][each.family] if each.config else ():
             places = {place for _, place, _, _ in string.Formatter().parse(wording) if place}
             assert places and places <= set(each.fields), each.name
 
@@ -105,13 +105,13 @@ def folder(tmp_path, put):
 def test_shares_of_a_folder(folder, name):
     mixture = mk.flan_mixture(name, data_dir=folder)
     by_part = collections.Counter()
-    for task, part in zip(mixture.tasks, mixture.parts, strict=True):
+    for task, part in zip(mixture.tasks, mixture.submixtures, strict=True):
         by_part[part] += mixture.rates[task.name]
     total = sum(PUBLISHED[name].values())  # Chung's add up to 99.9 %
     for part, share in PUBLISHED[name].items():
         assert by_part[part] == pytest.approx(share / total)
     assert mixture.rates["niv2/task0_x"] / mixture.rates["niv2/task1_x"] == pytest.approx(60 / 24)
-    parts = dict(zip((t.name for t in mixture.tasks), mixture.parts, strict=True))
+    parts = dict(zip((t.name for t in mixture.tasks), mixture.submixtures, strict=True))
     assert parts["program/sort"] == ("dialog" if name == "flan2022" else "muffin")
     prompts = mixture.sample(200)
     assert prompts == mk.flan_mixture(name, data_dir=folder).sample(200)
@@ -123,7 +123,7 @@ def test_absent_parts_leave_their_share_and_names_can_be_left_out(folder):
     for path in (folder / "p3").glob("*"):
         path.unlink()
     mixture = mk.flan_mixture("flan2022", data_dir=folder, exclude=["dolly"])
-    assert "dolly" not in mixture.rates and "t0" not in mixture.parts
+    assert "dolly" not in mixture.rates and "t0" not in mixture.submixtures
     assert mixture.rates["boolq"] == pytest.approx(0.40 / 0.68)
     assert mixture.rates["program/sort"] == pytest.approx(0.03 / 0.68)
     with pytest.raises(ValueError, match="did you mean 'boolq'"):
@@ -216,7 +216,7 @@ def test_a_digest_covers_data_wordings_rates_and_version(folder, put, monkeypatc
 
 @pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
 def test_real_data_is_counted_right(monkeypatch):
-    monkeypatch.setattr("moekit.data.summary.SAMPLED", 1)
+    monkeypatch.setattr("moekit.data.mixture.NUM_SAMPLED", 1)
     root, counted = Path(DATA), collections.Counter()
     for path in root.rglob("*.jsonl.gz"):
         name = path.relative_to(root)

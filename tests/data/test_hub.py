@@ -176,7 +176,7 @@ def test_ready_made_sub_mixtures(submixtures, where):
     assert seen["niv2/task1_x"].examples + seen["niv2/task1_x"].valid == 30
     by_part = {}
     for row in seen.values():
-        by_part[row.part] = by_part.get(row.part, 0) + row.rate
+        by_part[row.submixture] = by_part.get(row.submixture, 0) + row.rate
     assert by_part == pytest.approx(
         {"flan2021": 0.4, "t0": 0.32, "niv2": 0.2, "cot": 0.05, "dialog": 0.03}
     )

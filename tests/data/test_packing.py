@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moekit.data.packing import OPEN_ROWS, WINDOW, Packer, propose_lengths
-from moekit.data.span_corruption import Corpus, Document
+from moekit.data.text import Corpus, Document
 from moekit.data.tokenizer import ByteTokenizer
 
 LIMITS = (64, 16)
@@ -14,7 +14,7 @@ def packed(sizes, limits=LIMITS):
     """Rows of example numbers; those still open come last."""
     packer, rows = Packer(limits), []
     for start in range(0, len(sizes), WINDOW):
-        packer.take([(s, start + i) for i, s in enumerate(sizes[start : start + WINDOW])])
+        packer.add_window([(s, start + i) for i, s in enumerate(sizes[start : start + WINDOW])])
         while row := packer.pack():
             rows.append(row)
     return rows, [packer.close(i) for i in range(OPEN_ROWS) if packer.rows[i]]
@@ -41,7 +41,7 @@ def test_rows_are_full_on_the_side_that_binds(mean, full):
 
 def test_too_long():
     with pytest.raises(ValueError, match=r"\(3, 17\) tokens do not fit a row"):
-        Packer(LIMITS).take([((3, 17), "x")])
+        Packer(LIMITS).add_window([((3, 17), "x")])
 
 
 def test_proposed_lengths_fill_both_sides():

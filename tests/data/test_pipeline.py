@@ -5,10 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from moekit.data.batch import batches, pad_prompts, tokenize_prompt, unigram_entropy
-from moekit.data.mixture import Formats, Mixture
-from moekit.data.span_corruption import Corpus, Document, restore
+from moekit.data.batch import pad_prompts, tokenize_prompt, unigram_entropy
+from moekit.data.loader import batches
+from moekit.data.mixture import Mixture, PromptFormats
+from moekit.data.span_corruption import restore
 from moekit.data.tasks import Example, Prompt, Task, Template
+from moekit.data.text import Corpus, Document
 from moekit.data.tokenizer import EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -26,7 +28,7 @@ MIXTURE = Mixture(
         for name, cluster, n in (("a", "x", 90), ("b", "x", 20), ("c", "y", 3))
     ),
     (6.0, 3.0, 1.0),
-    (Formats(),) * 3,
+    (PromptFormats(),) * 3,
     ("test",) * 3,
 )
 SHAPE = {"input_length": 96, "target_length": 32, "batch_size": 4, "seed": 3}
@@ -123,7 +125,7 @@ class Broken:
     def __getitem__(self, i):
         if i == self.bad:
             raise OSError("disk gone")
-        return {"inputs": np.ones(90), "targets": np.ones(30), "task": 0, "lost": 0}
+        return {"inputs": np.ones(90), "targets": np.ones(30), "task": 0, "truncated": 0}
 
 
 def test_errors_reach_the_caller():

@@ -15,7 +15,7 @@ from flax import nnx
 
 import moekit as mk
 from moekit import distributed
-from moekit.data.span_corruption import Corpus, Document
+from moekit.data.text import Corpus, Document
 from moekit.sharding import MESH_AXES
 from moekit.training.checkpoint import Checkpoints
 

@@ -14,8 +14,8 @@ from flax import nnx
 
 import moekit as mk
 from moekit.config import TrainConfig
-from moekit.data.batch import batches
-from moekit.data.span_corruption import Corpus, Document
+from moekit.data.loader import batches
+from moekit.data.text import Corpus, Document
 from moekit.sharding import MESH_AXES
 from moekit.training.checkpoint import Checkpoints
 from moekit.training.loop import NonFiniteLoss, _Trainer, token_losses

@@ -17,8 +17,8 @@ from functools import lru_cache, partial
 from moekit.data.builtin import generators
 from moekit.data.builtin.entries import Entry, entries, sources_digest, split_of
 from moekit.data.cache import cached_json
-from moekit.data.span_corruption import Corpus, Document
-from moekit.data.tasks import WORDINGS, Example, Task, Template, stable_random, templates
+from moekit.data.tasks import TEMPLATES, Example, Task, Template, stable_random, templates
+from moekit.data.text import Corpus, Document
 
 SPLITS = ("train", "valid", "test")
 MAX_OBJECTS = 1500  # of a task on real text, before they are split
@@ -49,13 +49,13 @@ def _documents(split: str) -> list[Document]:
 def builtin_tasks() -> dict[str, Task]:
     """All embedded tasks by name; `task.held_out` marks those that are never trained on."""
     tasks = {}
-    for name, description in WORDINGS["builtin"].items():
+    for name, description in TEMPLATES["builtin"].items():
         cluster = description["cluster"]
         tasks[name] = Task(
             name=name,
             cluster=cluster,
             load=partial(_load, name),
-            templates=tuple(Template(text) for text in description["wordings"]),
+            templates=tuple(Template(text) for text in description["templates"]),
             inverted=() if name in _REAL else INVERTED,
             held_out=cluster in HELD_OUT,
         )
@@ -93,7 +93,7 @@ def _make_rows(name: str) -> dict[str, list]:
         by_split[split_of(key)].append(_row(example))
     if not generated:
         return by_split
-    if WORDINGS["builtin"][name]["cluster"] in HELD_OUT:
+    if TEMPLATES["builtin"][name]["cluster"] in HELD_OUT:
         # never trained on: "train" needs only a few exemplars, "test" many questions
         by_split["train"], by_split["test"] = by_split["test"], by_split["train"]
     for split in ("valid", "test"):

@@ -1,0 +1,145 @@
+"""Text corpora, and their chunks under span corruption."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from moekit.data.shuffle import shuffled_index
+from moekit.data.span_corruption import MEAN_SPAN, chunk_length, span_corruption
+from moekit.data.tokenizer import EOS, Tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its origin; `domain` labels its subject or its source."""
+
+    text: str
+    title: str = ""
+    domain: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"document {self.title!r} of domain {self.domain!r} is empty")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in splits "train" and "valid"; `load(split)` is called once and kept."""
+
+    name: str
+    load: Callable[[str], Sequence[Document]]
+
+    def documents(self, split: str = "train") -> Sequence[Document]:
+        """The documents of a split; a ValueError if there are none."""
+        return _documents(self, split)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(sorted({document.domain for document in self.documents("train")}))
+
+    def labels(self, split: str) -> tuple[tuple[str, str], ...]:
+        """(domain, corpus) of each domain of a split, for statistics."""
+        domains = {document.domain for document in self.documents(split)}
+        return tuple((domain, self.name) for domain in sorted(domains))
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the training text."""
+        sha = hashlib.sha256()
+        for document in self.documents("train"):
+            sha.update(document.text.encode())
+        return sha.hexdigest()[:12]
+
+    def token_pairs(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        input_length: int,
+        target_length: int,
+        seed: int,
+        split: str = "train",
+        shuffle: bool = True,
+        repeat: bool = True,
+    ) -> grain.MapDataset:
+        """Corrupted chunks as a grain dataset of {"inputs", "targets"}, end of sequence included,
+        with "task", the index of the domain's label, and "truncated", which is 0.
+
+        Every document is divided into chunks whose corrupted inputs just fill input_length. Spans
+        are drawn anew in each epoch.
+        """
+        chunks = _chunks(self, split, tokenizer, chunk_length(input_length, target_length))
+        dataset = grain.MapDataset.source(range(len(chunks)))
+        if repeat:
+            dataset = dataset.repeat()
+        if shuffle:
+            order = partial(shuffled_index, size=len(chunks), seed=seed)
+            dataset = dataset.map_with_index(order)
+        return dataset.random_map(partial(_corrupt, chunks, tokenizer), seed=seed % 2**32)
+
+
+@lru_cache(maxsize=32)
+def _documents(corpus: Corpus, split: str) -> Sequence[Document]:
+    documents = corpus.load(split)
+    if not documents:
+        raise ValueError(f"corpus {corpus.name!r} has no documents in split {split!r}")
+    return documents
+
+
+class _Chunks:
+    """Random access to the chunks of tokenized documents: token ids and index of the domain."""
+
+    def __init__(
+        self,
+        tokens: Sequence[Int[np.ndarray, "_"]],
+        domains: Sequence[int],
+        length: int,
+    ) -> None:
+        self._tokens = tokens
+        self._domains = domains
+        self._length = length
+        self._places: list[tuple[int, int]] = []  # document and start of each chunk
+        for document, ids in enumerate(tokens):
+            # a tail shorter than a span teaches nothing
+            end = max(1, len(ids) - int(MEAN_SPAN))
+            for start in range(0, end, length):
+                self._places.append((document, start))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> tuple[Int[np.ndarray, "length"], int]:
+        document, start = self._places[index]
+        tokens = self._tokens[document][start : start + self._length]
+        return tokens, self._domains[document]
+
+
+def _corrupt(chunks: _Chunks, tokenizer: Tokenizer, index: int, rng: np.random.Generator) -> dict:
+    tokens, domain = chunks[index]
+    inputs, targets = span_corruption(tokens, rng, tokenizer=tokenizer)
+    end = np.int32(EOS)
+    return {
+        "inputs": np.append(inputs, end),
+        "targets": np.append(targets, end),
+        "task": domain,
+        "truncated": 0,
+    }
+
+
+@lru_cache(maxsize=8)
+def _tokenized(corpus: Corpus, split: str, tokenizer: Tokenizer) -> list[Int[np.ndarray, "_"]]:
+    from tqdm import tqdm
+
+    documents = corpus.documents(split)
+    progress = tqdm(documents, desc=f"tokenize {corpus.name} {split}", unit="doc", leave=False)
+    return [np.asarray(tokenizer.encode(document.text), np.int32) for document in progress]
+
+
+@lru_cache(maxsize=16)
+def _chunks(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Chunks:
+    index_of = {domain: index for index, (domain, _) in enumerate(corpus.labels(split))}
+    domains = [index_of[document.domain] for document in corpus.documents(split)]
+    return _Chunks(_tokenized(corpus, split, tokenizer), domains, length)
