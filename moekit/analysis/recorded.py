@@ -34,7 +34,7 @@ def figures(
             elif record["kind"] == "evaluation":
                 paths.append(draw_evaluation(record, path.stem, Path(out)))
         except DAMAGED as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"{path} is not a record of `moekit study` or `moekit eval --out`, or is damaged "
                 f"({problem[:200]}): record it again or remove it"
@@ -81,7 +81,7 @@ def _curves(results: dict[str, Any], stage: str) -> dict[str, Metrics]:
 
 
 def _pretraining(results: dict[str, Any]) -> Figure:
-    entropy = [("unigram entropy of the targets", results["unigram_entropy"])]
+    entropy = [("unigram entropy of the targets", float(results["unigram_entropy"]))]
     curves = _curves(results, "pretrain")
     return plots.plot_learning_curves(curves, "valid_loss", LOSS, "Pretraining", entropy)
 
