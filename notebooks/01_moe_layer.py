@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import moekit as mk
-from moekit.bench.timings import layer as bench_layer
+from moekit.bench.layer import layer as bench_layer
 from moekit.moe.capacity import slots_per_expert
 
 FULL = False  # True on a TPU or GPU: longer training of the router of your own

@@ -1,10 +1,10 @@
 """Our encoder-decoder beside that of transformers: the same work, threads and drops, in one run.
 
-Each has a process of its own and both take their turns; `moekit bench` lets both keep freed memory.
-
-T5 v1.0 (ReLU, tied and scaled logits) of 4 + 4 layers, every second one sparse for Switch; float32
-on the CPU, forward with its loss, and forward + backward. transformers drops what exceeds
-`expert_capacity` of a sequence, which is set to its length, and ours is dropless: neither drops.
+Each side runs in a process of its own and the two take turns; `moekit bench` lets both keep freed
+memory. The models are T5 v1.0 (ReLU, tied and scaled logits) of 4 + 4 layers, every second one
+sparse for Switch, in float32 on the CPU; timed are forward with its loss, and forward + backward.
+transformers drops what exceeds `expert_capacity` of a sequence, which is set to its length, and
+ours is dropless: neither drops a token.
 """
 
 import multiprocessing
@@ -12,21 +12,52 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 from tqdm import tqdm
 
-from moekit.bench.timings import full_batch, interleaved, ratio
+from moekit.bench.timing import full_batch, interleaved_times, median_ratio, min_ratio
 from moekit.config import ModelConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.training.step import auxiliary_losses, token_losses
 
-LAYERS, HEAD_DIM = 4, 64  # of each stack; features of a head
-DIRECTIONS = ("forward", "forward + backward")
-_FUNCTIONS: dict[str, Callable] = {}  # of each direction, in the process that runs them
+NUM_LAYERS = 4  # of each stack
+HEAD_DIM = 64
+FORWARD = "forward"
+FORWARD_BACKWARD = "forward + backward"
+DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
+OURS = "ours"
+BASELINE = "peer"
+
+# the timed functions of the process that runs one side, by direction
+_FUNCTIONS: dict[str, Callable[[], object]] = {}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides compute."""
+
+    num_experts: int  # 0: dense
+    batch: int
+    input_length: int
+    target_length: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    threads: int
+
+    @property
+    def num_heads(self) -> int:
+        return max(1, self.d_model // HEAD_DIM)
+
+    def tokens(self) -> Batch:
+        return full_batch(self.batch, self.input_length, self.target_length, self.vocab_size)
 
 
 def peers(
@@ -39,12 +70,63 @@ def peers(
     d_ff: int = 1024,
     vocab_size: int = 32_128,
     repeats: int = 9,
-) -> list[dict]:
-    """Median and least ms of both; ratio is ours over theirs, 0 experts is dense.
+) -> list[dict[str, Any]]:
+    """Time our models beside those of transformers; `ratio` is our time over theirs.
+
+    Args:
+      experts: numbers of experts to compare; 0 is a dense T5.
+      batch: rows of a batch.
+      input_length: tokens of an input.
+      target_length: tokens of a target.
+      d_model: width of the models.
+      d_ff: hidden features of a feed-forward layer.
+      vocab_size: size of the vocabulary.
+      repeats: timed calls of each function.
 
     Raises:
       ValueError: torch or transformers is not installed.
     """
+    baseline = _baseline_versions()
+    rows = []
+    for num_experts in tqdm(experts, desc="bench peers", unit="model"):
+        work = Work(
+            num_experts=num_experts,
+            batch=batch,
+            input_length=input_length,
+            target_length=target_length,
+            d_model=d_model,
+            d_ff=d_ff,
+            vocab_size=vocab_size,
+            threads=_num_threads(),
+        )
+        times, dropped = _compare(work, repeats)
+        for direction in DIRECTIONS:
+            our_ms = times[OURS, direction]
+            baseline_ms = times[BASELINE, direction]
+            rows.append(
+                {
+                    "model": "switch" if num_experts else "t5",
+                    "experts": num_experts,
+                    "direction": direction,
+                    "ours_ms": round(statistics.median(our_ms), 3),
+                    "peer_ms": round(statistics.median(baseline_ms), 3),
+                    "ratio": median_ratio(our_ms, baseline_ms),
+                    "min_ratio": min_ratio(our_ms, baseline_ms),
+                    "dropped_ours": dropped[OURS],
+                    "dropped_peer": dropped[BASELINE],
+                    "batch": batch,
+                    "input_length": input_length,
+                    "target_length": target_length,
+                    "vocab_size": vocab_size,
+                    "threads": work.threads,
+                    "peer": baseline,
+                }
+            )
+    return rows
+
+
+def _baseline_versions() -> str:
+    """Names and versions of what we compare with; ValueError where it is not installed."""
     try:
         import torch
         import transformers
@@ -52,141 +134,170 @@ def peers(
         raise ValueError(
             f'bench peers compares with transformers on torch ({error}): pip install -e ".[parity]"'
         ) from error
-    # XLA takes every processor that the process may use
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    peer = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    sizes = {"batch": batch, "input_length": input_length, "target_length": target_length}
-    setting = sizes | {"vocab_size": vocab_size, "threads": threads, "peer": peer}
-    shape = {"d_model": d_model, "d_ff": d_ff, "num_heads": max(1, d_model // HEAD_DIM)}
-    work, rows = (shape | {"vocab_size": vocab_size}, sizes, threads), []
-    for count in tqdm(experts, desc="bench peers", unit="model"):
-        # a process each: their threads and their memory do not get into each other's way
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
-            pools = {"ours": ours, "peer": theirs}
-            dropped = {w: p.submit(_start, w, count, *work).result() for w, p in pools.items()}
-            steps = {
-                (who, d): lambda pool=pool, d=d: pool.submit(_call, d).result()
-                for d in DIRECTIONS
-                for who, pool in pools.items()
-            }
-            interleaved(steps, 1)  # memory grows to its size
-            times = interleaved(steps, repeats)
-        for direction in DIRECTIONS:
-            our_ms, peer_ms = times["ours", direction], times["peer", direction]
-            rows.append(
-                {
-                    "model": "switch" if count else "t5",
-                    "experts": count,
-                    "direction": direction,
-                    "ours_ms": round(statistics.median(our_ms), 3),
-                    "peer_ms": round(statistics.median(peer_ms), 3),
-                    "ratio": ratio(our_ms, peer_ms),
-                    "min_ratio": ratio(our_ms, peer_ms, min),
-                    "dropped_ours": dropped["ours"],
-                    "dropped_peer": dropped["peer"],
-                    **setting,
-                }
-            )
-    return rows
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def _start(who: str, experts: int, shape: dict[str, int], sizes, threads: int) -> int:
-    """Make one of the models in this process; returns how many choices it drops."""
-    data = full_batch(*sizes.values(), shape["vocab_size"])
-    ours = who == "ours"
-    made = _ours(_config(experts, shape), data) if ours else _theirs(experts, shape, data, threads)
-    _FUNCTIONS.update(made[0])
-    return made[1]
+def _num_threads() -> int:
+    """As many as XLA uses: every processor that the process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _call(direction: str) -> None:
+def _compare(work: Work, repeats: int) -> tuple[dict[tuple[str, str], list[float]], dict[str, int]]:
+    """Milliseconds by side and direction, and dropped choices by side."""
+    spawn = multiprocessing.get_context("spawn")
+    # separate processes: neither side's threads nor memory disturb the other's
+    with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as baseline:
+        pools = {OURS: ours, BASELINE: baseline}
+        dropped = {}
+        functions = {}
+        for side, pool in pools.items():
+            dropped[side] = pool.submit(_prepare, side, work).result()
+            for direction in DIRECTIONS:
+                functions[side, direction] = _remote_call(pool, direction)
+        interleaved_times(functions, 1)  # memory grows to its final size
+        return interleaved_times(functions, repeats), dropped
+
+
+def _remote_call(pool: ProcessPoolExecutor, direction: str) -> Callable[[], object]:
+    def call() -> object:
+        return pool.submit(_run, direction).result()
+
+    return call
+
+
+def _prepare(side: str, work: Work) -> int:
+    """Make one side's model in this process; returns how many choices it drops."""
+    make = our_functions if side == OURS else _transformers_functions
+    functions, num_dropped = make(work)
+    _FUNCTIONS.update(functions)
+    return num_dropped
+
+
+def _run(direction: str) -> None:
     _FUNCTIONS[direction]()
 
 
-def _config(experts: int, shape: dict[str, int]) -> ModelConfig:
-    sparse = {"num_experts": experts, "dispatch": "dropless"} if experts else {}
-    sparse |= {f"{stack}_moe_layers": LAYERS // 2 for stack in ("encoder", "decoder")}
+def our_config(work: Work) -> ModelConfig:
+    """T5 v1.0, or Switch with every second layer sparse."""
+    num_sparse = NUM_LAYERS // 2 if work.num_experts else 0
     return ModelConfig(
-        name="switch" if experts else "t5",
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
+        name="switch" if work.num_experts else "t5",
+        d_model=work.d_model,
+        d_ff=work.d_ff,
+        num_heads=work.num_heads,
         head_dim=HEAD_DIM,
+        encoder_layers=NUM_LAYERS,
+        decoder_layers=NUM_LAYERS,
+        vocab_size=work.vocab_size,
         activation="relu",
         tied_logits=True,
         dropout=0.0,
-        **shape,
-        **sparse,
+        num_experts=work.num_experts,
+        encoder_moe_layers=num_sparse,
+        decoder_moe_layers=num_sparse,
+        dispatch="dropless" if work.num_experts else "capacity",
     )
 
 
-def _ours(cfg: ModelConfig, data: Batch) -> tuple[dict[str, Callable], int]:
-    """Functions of each direction, compiled, and how many choices were dropped."""
+def our_functions(work: Work) -> tuple[dict[str, Callable[[], object]], int]:
+    """Our compiled functions by direction, and how many choices they drop."""
+    cfg = our_config(work)
+    tokens = work.tokens()
     graphdef, state = nnx.split(EncoderDecoder(cfg))
 
-    def loss(state, batch):
-        out = nnx.merge(graphdef, state)(batch)
-        sums = token_losses(out.logits, batch.targets, batch.loss_weights)
-        dropped = sum(stats.dropped_assignments.sum() for stats in out.stats.values())
-        auxiliary = sum(auxiliary_losses(cfg, out.stats).values())
-        return sums["objective"] / sums["count"] + auxiliary, jnp.asarray(dropped)
+    def loss(state: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        output = nnx.merge(graphdef, state)(batch)
+        sums = token_losses(output.logits, batch.targets, batch.loss_weights)
+        num_dropped = jnp.zeros(())
+        for stats in output.stats.values():
+            num_dropped += stats.dropped_assignments.sum()
+        auxiliary = sum(auxiliary_losses(cfg, output.stats).values())
+        return sums["objective"] / sums["count"] + auxiliary, num_dropped
 
-    def run(function):
-        jax.block_until_ready(function(state, data))  # compiles
-        return lambda: jax.block_until_ready(function(state, data))
+    forward = jax.jit(loss)
+    forward_backward = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
-    forward, both = jax.jit(loss), jax.jit(jax.value_and_grad(loss, has_aux=True))
-    functions = dict(zip(DIRECTIONS, map(run, (forward, both)), strict=True))
-    return functions, int(forward(state, data)[1])
+    def run_forward() -> object:
+        return jax.block_until_ready(forward(state, tokens))
+
+    def run_forward_backward() -> object:
+        return jax.block_until_ready(forward_backward(state, tokens))
+
+    _, num_dropped = run_forward()  # compiles
+    run_forward_backward()
+    functions = {FORWARD: run_forward, FORWARD_BACKWARD: run_forward_backward}
+    return functions, int(num_dropped)
 
 
-def _theirs(experts: int, shape: dict[str, int], data: Batch, threads: int):
-    """The same of transformers, its dropped choices counted at its routers."""
+def _transformers_functions(work: Work) -> tuple[dict[str, Callable[[], object]], int]:
+    """The functions of transformers; dropped choices are counted at its routers."""
     import torch
-    import transformers
 
-    torch.set_num_threads(threads)
-    options = {
-        **shape,
-        "d_kv": HEAD_DIM,
-        "num_layers": LAYERS,
-        "num_decoder_layers": LAYERS,
-        "dropout_rate": 0.0,
-        "use_cache": False,
-        "decoder_start_token_id": 0,
-    }
-    if experts:
-        config = transformers.SwitchTransformersConfig(
-            **options,
-            num_experts=experts,
-            num_sparse_encoder_layers=LAYERS // 2,
-            num_sparse_decoder_layers=LAYERS // 2,
-            expert_capacity=max(data.inputs.shape[1], data.targets.shape[1]),
-            router_jitter_noise=0.0,
-        )
-        model = transformers.SwitchTransformersForConditionalGeneration(config)
-    else:
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**options))
-    sides = (("input_ids", data.inputs), ("labels", data.targets))
-    tokens = {name: torch.tensor(x.tolist()) for name, x in sides}
-    dropped = []
+    torch.set_num_threads(work.threads)
+    model = _transformers_model(work)
+    batch = work.tokens()
+    input_ids = torch.tensor(batch.inputs.tolist())
+    labels = torch.tensor(batch.targets.tolist())
+    dropped_per_router = []
 
-    def count(module, _, outputs):
-        chosen = outputs[0]  # one-hot, all zero where the choice found no place
-        dropped.append(int((chosen.sum(-1) == 0).sum()))
+    def count_dropped(module: Any, inputs: Any, outputs: Any) -> None:
+        chosen = outputs[0]  # one-hot; all zero where the choice found no slot
+        dropped_per_router.append(int((chosen.sum(-1) == 0).sum()))
 
-    def forward():
+    def forward() -> object:
         with torch.no_grad():
-            return model(**tokens).loss
+            return model(input_ids=input_ids, labels=labels).loss
 
-    def both():
+    def forward_backward() -> None:
         model.zero_grad()
-        model(**tokens).loss.backward()
+        model(input_ids=input_ids, labels=labels).loss.backward()
 
-    routers = [m for m in model.modules() if type(m).__name__.endswith("Router")]
-    hooks = [router.register_forward_hook(count) for router in routers]
+    hooks = []
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            hooks.append(module.register_forward_hook(count_dropped))
     forward()
     for hook in hooks:
         hook.remove()
-    both()
-    return dict(zip(DIRECTIONS, (forward, both), strict=True)), sum(dropped)
+    forward_backward()
+    functions = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
+    return functions, sum(dropped_per_router)
+
+
+def _transformers_model(work: Work) -> Any:
+    import transformers
+
+    if not work.num_experts:
+        config = transformers.T5Config(
+            d_model=work.d_model,
+            d_ff=work.d_ff,
+            num_heads=work.num_heads,
+            vocab_size=work.vocab_size,
+            d_kv=HEAD_DIM,
+            num_layers=NUM_LAYERS,
+            num_decoder_layers=NUM_LAYERS,
+            dropout_rate=0.0,
+            use_cache=False,
+            decoder_start_token_id=0,
+        )
+        return transformers.T5ForConditionalGeneration(config)
+    config = transformers.SwitchTransformersConfig(
+        d_model=work.d_model,
+        d_ff=work.d_ff,
+        num_heads=work.num_heads,
+        vocab_size=work.vocab_size,
+        d_kv=HEAD_DIM,
+        num_layers=NUM_LAYERS,
+        num_decoder_layers=NUM_LAYERS,
+        dropout_rate=0.0,
+        use_cache=False,
+        decoder_start_token_id=0,
+        num_experts=work.num_experts,
+        num_sparse_encoder_layers=NUM_LAYERS // 2,
+        num_sparse_decoder_layers=NUM_LAYERS // 2,
+        expert_capacity=max(work.input_length, work.target_length),
+        router_jitter_noise=0.0,
+    )
+    return transformers.SwitchTransformersForConditionalGeneration(config)

@@ -1,6 +1,6 @@
 """moekit bench layer | step | input | peers: timings, with the parameters of each benchmark."""
 
-from moekit.bench import baselines, input, timings
+from moekit.bench import baselines, input, layer as layer_benchmark, step as step_benchmark
 from moekit.commands.devices import device_mesh
 from moekit.commands.environment import keep_freed_memory
 from moekit.commands.flags import mesh_axes, require_at_least
@@ -9,7 +9,7 @@ from moekit.commands.output import AsJson, print_result, table
 
 def bench_layer(
     *,
-    shapes: tuple[tuple[int, int], ...] = timings.SHAPES,
+    shapes: tuple[tuple[int, int], ...] = layer_benchmark.SHAPES,
     tokens: int = 4096,
     d_model: int = 256,
     d_ff: int = 704,
@@ -36,7 +36,7 @@ def bench_layer(
                 f"--shapes has {num_experts} experts and {num_choices} choices; "
                 "use at least one choice and as many experts"
             )
-    rows = timings.layer(
+    rows = layer_benchmark.layer(
         shapes=shapes,
         tokens=tokens,
         d_model=d_model,
@@ -76,7 +76,7 @@ def bench_step(
     require_at_least(1, repeats=repeats)
     axes = mesh_axes(mesh)
     keep_freed_memory()
-    rows = timings.step(
+    rows = step_benchmark.step(
         preset=preset,
         batch=batch,
         input_length=input_length,

@@ -9,11 +9,9 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit.bench import timings as bench
-from moekit.bench.baselines import _config, _ours
+from moekit.bench.baselines import Work, our_config, our_functions
+from moekit.bench.layer import SHAPES, EinsumMoE
 from moekit.cli import BENCHMARKS, main
-
-TINY = {"d_model": 64, "d_ff": 32, "vocab_size": 128}
 
 
 def rows_of(capsys, *argv):
@@ -25,7 +23,7 @@ def test_layer_has_one_row_a_variant(capsys):
     rows = rows_of(capsys, "layer", "--tokens", 64, "--d-model", 16, "--d-ff", 32, "--repeats", 2)
     variants = ("dense", "capacity", "dropless", "einsum")
     assert [(r["experts"], r["k"], r["variant"]) for r in rows] == [
-        (experts, k, v) for experts, k in bench.SHAPES for v in variants
+        (experts, k, v) for experts, k in SHAPES for v in variants
     ]
     for row in rows:
         assert 0 < row["min_ms"] <= row["ms"] and row["tokens"] == 64
@@ -34,11 +32,15 @@ def test_layer_has_one_row_a_variant(capsys):
 
 
 def test_the_einsum_peer_computes_the_same():
-    options = {"router": mk.TopK(k=2), "capacity_factor": 1.0}
-    ours = mk.MoE(8, 16, 4, rngs=nnx.Rngs(0), **options)
-    peer = bench.EinsumMoE(8, 16, 4, rngs=nnx.Rngs(0), **options)
-    x = jax.random.normal(jax.random.key(0), (2, 16, 8))
-    np.testing.assert_allclose(ours(x)[0], peer(x)[0], atol=1e-5)
+    router = mk.TopK(k=2)
+    ours = mk.MoE(
+        8, 16, 4, router=router, capacity_factor=0.75, capacity_counts_k=True, rngs=nnx.Rngs(0)
+    )
+    peer = EinsumMoE(ours, router, 0.75)
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    y, stats, _ = ours(x[None])
+    assert stats.dropped_assignments > 0
+    np.testing.assert_allclose(y[0], peer(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,18 @@ def test_step_stands_beside_its_dense_twin(presets, flags, capsys):
 
 
 def test_ours_drops_nothing_at_the_peers_work():
-    data = bench.full_batch(2, 16, 8, TINY["vocab_size"])
-    config = _config(4, TINY | {"num_heads": 1})
-    functions, dropped = _ours(config, data)
+    work = Work(
+        num_experts=4,
+        batch=2,
+        input_length=16,
+        target_length=8,
+        d_model=64,
+        d_ff=32,
+        vocab_size=128,
+        threads=1,
+    )
+    config = our_config(work)
+    functions, dropped = our_functions(work)
     loss, _ = functions["forward"]()
     (again, _), gradient = functions["forward + backward"]()
     assert dropped == 0 and config.moe_layers("decoder") == 2

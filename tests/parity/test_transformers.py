@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moekit.bench.baselines import peers
-from moekit.bench.timings import full_batch
+from moekit.bench.timing import full_batch
 from moekit.config import ModelConfig
 from moekit.model.transformer import EncoderDecoder
 
