@@ -46,20 +46,29 @@ def write_trace(path: str | Path, header: Mapping[str, Any], stacks: Mapping[str
       ValueError: the arrays are larger than what `read_trace` accepts.
     """
     path = Path(path)
-    stored = {"header": np.array(json.dumps({"format": FORMAT, **header}))}
-    for stack, arrays in stacks.items():
-        for name, field in FIELDS.items():
-            stored[f"{stack}.{name}"] = arrays[name].astype(field.stored)
-    size = sum(array.nbytes for array in stored.values())
+    arrays = _stored_arrays(header, stacks)
+    size = sum(array.nbytes for array in arrays.values())
     if size > MAX_BYTES:
         raise ValueError(f"{path}: a trace of {_megabytes(size)}: trace fewer prompts")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
     try:
-        np.savez_compressed(partial, **stored)
+        np.savez_compressed(partial, **arrays)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _stored_arrays(
+    header: Mapping[str, Any], stacks: Mapping[str, Arrays]
+) -> dict[str, np.ndarray]:
+    """The arrays of a file by name: "header" and "<stack>.<field>"."""
+    text = json.dumps({"format": FORMAT, **header})
+    stored = {"header": np.array(text)}
+    for stack, arrays in stacks.items():
+        for name, field in FIELDS.items():
+            stored[f"{stack}.{name}"] = arrays[name].astype(field.stored)
+    return stored
 
 
 def read_trace(path: str | Path) -> tuple[dict[str, Any], dict[str, Arrays]]:

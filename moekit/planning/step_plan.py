@@ -68,7 +68,15 @@ class Plan:
 
     def plot(self) -> Figure:
         """Memory by kind beside the chip's limit, step time by kind, bytes sent by collective."""
-        return plot_plan(self)
+        memory = {kind: gib for kind, gib in self.hbm_gib_per_chip.items() if kind != "total"}
+        return plot_plan(
+            title=f"{self.preset} on {self.topology}, remat {self.remat}",
+            memory_gib=memory or {"requested": self.hbm_gib_per_chip["total"]},
+            memory_limit_gib=self.hbm_limit_gib,
+            seconds=self.split_seconds,
+            step_seconds=self.step_seconds or (),
+            collectives=self.collectives,
+        )
 
     def __str__(self) -> str:
         return plan_table(self)

@@ -1,0 +1,181 @@
+"""Figures of routing traces: expert load, specialization, co-activation."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moekit.analysis.balance import expert_load
+from moekit.analysis.plots.style import grouped_bars, panels
+from moekit.analysis.specialization import (
+    Specialization,
+    coactivation,
+    domain_specialization,
+    label_distance,
+    specialization,
+    token_specialization,
+)
+from moekit.analysis.trace import RouterTrace
+from moekit.data.tokenizer import EOS, PAD, Tokenizer
+
+
+def plot_expert_load(trace: RouterTrace) -> Figure:
+    """Load of every expert in every MoE layer, sorted, beside the balanced share."""
+    loads = {stack: expert_load(trace, stack) for stack in trace.stacks}
+    return plot_load(loads, trace.model)
+
+
+def plot_load(loads: Mapping[str, Float[np.ndarray, "Y E"]], name: str) -> Figure:
+    """`plot_expert_load` from the loads of each stack."""
+    shown = [(stack, layer) for stack, load in loads.items() for layer in range(len(load))]
+    figure, grid = panels(len(shown))
+    for axes, (stack, layer) in zip(grid, shown, strict=True):
+        load = np.sort(loads[stack][layer])[::-1]
+        axes.bar(np.arange(len(load)), load, color="0.55", edgecolor="0.2")
+        axes.axhline(1 / len(load), color="black", ls="--", lw=1, label="balance")
+        axes.set(title=f"{stack}, MoE layer {layer}", xlabel="experts, by load", ylabel="share")
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Expert load: {name}")
+    return figure
+
+
+def plot_domain_specialization(trace: RouterTrace, stack: str = "encoder") -> Figure:
+    """Share of each domain's tokens by expert, with intervals and the chance line k / E."""
+    return plot_specialization(domain_specialization(trace, stack), trace.model, stack)
+
+
+def plot_specialization(
+    result: Specialization, name: str, stack: str = "encoder", what: str = "domain"
+) -> Figure:
+    """Bars of N(e, p) / N(p) by expert and label, one panel for each layer.
+
+    Args:
+      name: of the model.
+      what: kind of the labels.
+    """
+    layers, experts, labels = result.share.shape
+    width = max(5.0, 0.16 * experts * labels)
+    figure, grid = panels(layers, width=width, columns=2 if experts < 12 else 1)
+    for layer, axes in enumerate(grid):
+        for index, label in enumerate(result.labels):
+            share = result.share[layer, :, index]
+            below = share - result.low[layer, :, index]
+            above = result.high[layer, :, index] - share
+            grouped_bars(
+                axes,
+                share,
+                index,
+                labels,
+                label,
+                errors=[below, above],
+                line_width=0.5,
+                error_line_width=0.6,
+            )
+        axes.axhline(result.chance[layer], color="black", ls="--", lw=1, label="chance k/E")
+        p_value = result.p_value[layer]
+        axes.set_title(f"{stack}, MoE layer {layer} (shuffled labels: p = {p_value:.3f})")
+        axes.set(xlabel="expert", ylabel="share of its tokens", xticks=range(experts))
+    handles, names = grid[0].get_legend_handles_labels()
+    columns = min(6, len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(f"Which experts a {what} uses: {name}")
+    return figure
+
+
+def plot_task_specialization(
+    trace: RouterTrace, stack: str = "encoder", by: str = "task"
+) -> Figure:
+    """Heat map of expert use over chance by task (or "cluster") in the last MoE layer."""
+    result = specialization(trace, by, stack, resamples=20)
+    ratio = (result.share[-1] / result.chance[-1]).T
+    labels, experts = ratio.shape
+    size = (3 + 0.3 * experts, 1.4 + 0.22 * labels)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(ratio, cmap="Greys", aspect="auto", vmin=0)
+    axes.set_yticks(range(labels), result.labels, fontsize=8)
+    axes.set_title(f"Expert use by {by}: {trace.model}, {stack}, last MoE layer")
+    axes.set(xlabel="expert", xticks=range(experts))
+    figure.colorbar(image, label="share over chance k/E")
+    return figure
+
+
+def plot_domain_distance(trace: RouterTrace, stack: str = "encoder", by: str = "domain") -> Figure:
+    """Jensen-Shannon distances between domains' expert loads, one panel for each layer."""
+    result = specialization(trace, by, stack, resamples=1)
+    distance = label_distance(result)
+    largest = max(distance.max(), 1e-6)
+    places = range(len(result.labels))
+    figure, grid = panels(len(distance), width=3.8, height=3.4)
+    for layer, axes in enumerate(grid):
+        image = axes.imshow(distance[layer], cmap="Greys", vmin=0, vmax=largest)
+        axes.set_xticks(places, result.labels, rotation=90, fontsize=7)
+        axes.set_yticks(places, result.labels, fontsize=7)
+        axes.set_title(f"{stack}, MoE layer {layer}")
+    figure.colorbar(image, ax=grid, label="Jensen-Shannon distance (0 to 1)")
+    figure.suptitle(f"How differently {by}s are routed: {trace.model}")
+    return figure
+
+
+def plot_token_specialization(
+    trace: RouterTrace,
+    tokenizer: Tokenizer,
+    stack: str = "encoder",
+    layer: int = 0,
+    n: int = 8,
+) -> Figure:
+    """For each expert, the frequent tokens that it receives most often, as a table with the share
+    of all their occurrences.
+
+    Args:
+      n: tokens shown for each expert.
+    """
+    result = token_specialization(trace, stack)
+    experts = trace.num_experts
+    size = (1.1 * n + 1.5, 0.3 * experts + 1)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.axis("off")
+    for expert in range(experts):
+        axes.text(0, expert, f"expert {expert}", fontsize=9, va="center", weight="bold")
+        for column, (token, share) in enumerate(result.top(layer, expert, n), 1):
+            text = f"{_token_text(token, tokenizer)} {share:.0%}"
+            _write_cell(axes, column, expert, text, share)
+    axes.set(xlim=(0, n + 1.5), ylim=(experts - 0.5, -0.7))
+    chance = result.chance[layer]
+    axes.set_title(
+        f"Tokens that go to one expert: {trace.model}, {stack}, MoE layer {layer} "
+        f"(chance {chance:.0%})",
+        fontsize=10,
+    )
+    return figure
+
+
+def _token_text(token: int, tokenizer: Tokenizer) -> str:
+    """How a token is shown; special tokens have no text."""
+    text = tokenizer.decode([token])
+    if text:
+        return repr(text)
+    if token == PAD:
+        return repr("pad")
+    return repr("eos") if token == EOS else str(token)
+
+
+def _write_cell(axes: Axes, column: int, row: int, text: str, share: float) -> None:
+    """A cell of a table, the darker the larger the share."""
+    box = {"facecolor": str(1 - 0.5 * share), "edgecolor": "none", "pad": 2}
+    axes.text(column, row, text, fontsize=8, va="center", family="monospace", bbox=box)
+
+
+def plot_coactivation(trace: RouterTrace, stack: str = "encoder") -> Figure:
+    """Experts that are chosen together, one panel for each layer."""
+    together = coactivation(trace, stack)
+    largest = max(together.max(), 1e-6)
+    figure, grid = panels(len(together), width=3.6, height=3.2)
+    for layer, axes in enumerate(grid):
+        image = axes.imshow(together[layer], cmap="Greys", vmin=0, vmax=largest)
+        axes.set(title=f"{stack}, MoE layer {layer}", xlabel="also chose", ylabel="chose")
+    figure.colorbar(image, ax=grid, label="share of the row's tokens")
+    figure.suptitle(f"Co-activation: {trace.model}")
+    return figure
