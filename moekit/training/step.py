@@ -47,7 +47,10 @@ def token_losses(
     weights: Float[Array, "B T"],
     label_smoothing: float = 0.0,
 ) -> dict[str, Float[Array, ""]]:
-    """Sums over real targets: cross-entropy (smoothed and not), log(Z)^2, hits, count; nats."""
+    """Sums over real targets: cross-entropy (smoothed and not), log(Z)^2, hits, count; nats.
+
+    A hit is a target that greedy decoding would choose: the first of the largest logits.
+    """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = _chosen(logits, targets)
     objective = cross_entropy = log_z - chosen
@@ -58,7 +61,7 @@ def token_losses(
         "objective": jnp.sum(weights * objective),
         "cross_entropy": jnp.sum(weights * cross_entropy),
         "z": jnp.sum(weights * log_z**2),
-        "hits": jnp.sum(weights * (chosen >= logits.max(-1))),
+        "hits": jnp.sum(weights * (logits.argmax(-1) == targets)),
         "count": jnp.sum(weights),
     }
 
