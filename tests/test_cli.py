@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import moekit as mk
-from moekit.bench import baselines, input, timings
+from moekit.bench import baselines, input, layer, step
 from moekit.cli import VERBS, command, main
 
 SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
@@ -74,8 +74,8 @@ def test_help_lists_every_verb_and_starts_without_jax():
 
 
 BENCHMARKS = {
-    "layer": timings.layer,
-    "step": timings.step,
+    "layer": layer.layer,
+    "step": step.step,
     "input": input.input_pipeline,
     "peers": baselines.peers,
 }

@@ -11,7 +11,7 @@ from flax import nnx
 import moekit as mk
 from moekit.bench.baselines import Work, our_config, our_functions
 from moekit.bench.layer import SHAPES, EinsumMoE
-from moekit.cli import BENCHMARKS, main
+from moekit.cli import main
 
 
 def rows_of(capsys, *argv):
@@ -89,9 +89,3 @@ def test_without_torch_one_line_names_the_extra(capsys, monkeypatch):
     assert main(["bench", "peers"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and 'pip install -e ".[parity]"' in error
-
-
-def test_flags_that_a_benchmark_lacks_are_refused(capsys):
-    for what in BENCHMARKS:
-        assert main(["bench", what, "--capacity-factor", "1", "--remat", "full"]) == 2
-        assert f"bench {what} has no --" in capsys.readouterr().err
