@@ -401,7 +401,7 @@ def _fill_in(task: Task, example: Example, template: Template) -> tuple[str, str
     """Prompt and target of a template."""
     values = {**example.fields, "answer": example.answer}
     try:
-        return template.prompt.format(**values), template.target.format(**values)
+        return template.prompt.format_map(values), template.target.format_map(values)
     except KeyError as error:
         raise ValueError(
             f"task {task.name}, example {example.id}: template {template.prompt!r} needs the field "

@@ -1,15 +1,15 @@
 """Seeded exercises with worked rationales: arithmetic, logic, order, letters, moving things.
 
-Each generator takes a random generator and returns (fields, answer, wrong options, rationale).
+Each generator takes a random generator and returns an `Exercise`.
 """
 
-import datetime
-import random
 from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
 
-Made = tuple[dict[str, str], str, Sequence[str], str]
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "keys", "cups", "hats")
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 WORDS = """
     river stone cloud garden window yellow market castle bridge winter silver forest pencil
     orange rabbit planet summer button candle doctor engine farmer guitar hammer island jacket
@@ -26,247 +26,331 @@ WORDS = """
 """.split()  # noqa: SIM905  the list would be a line a word
 
 
-def _near(rng: random.Random, value: int, n: int = 3) -> list[str]:
-    """Other numbers close by."""
-    others = [v for v in range(max(0, value - 9), value + 10) if v != value]
-    return [str(v) for v in rng.sample(others, n)]
+class Exercise(NamedTuple):
+    """A question {"x", perhaps "y"}, its answer, wrong options, and how to find the answer."""
+
+    fields: dict[str, str]
+    answer: str
+    wrong: Sequence[str]
+    rationale: str
 
 
-def addition(rng: random.Random) -> Made:
-    a, b = rng.randint(2, 60), rng.randint(2, 39)
-    tens, ones = b // 10 * 10, b % 10
-    steps = f"{a} + {tens} = {a + tens} and {a + tens} + {ones} = {a + b}."
-    return {"x": f"{a} + {b}"}, str(a + b), _near(rng, a + b), steps
+def _numbers_near(rng: Random, value: int) -> list[str]:
+    """Three other numbers close by."""
+    others = [other for other in range(max(0, value - 9), value + 10) if other != value]
+    return [str(other) for other in rng.sample(others, 3)]
 
 
-def subtraction(rng: random.Random) -> Made:
-    a, b = rng.randint(30, 99), rng.randint(2, 29)
-    tens, ones = b // 10 * 10, b % 10
-    steps = f"{a} - {tens} = {a - tens} and {a - tens} - {ones} = {a - b}."
-    return {"x": f"{a} - {b}"}, str(a - b), _near(rng, a - b), steps
+def _without(items: Sequence[str], *left_out: str) -> list[str]:
+    return [item for item in items if item not in left_out]
 
 
-def word_problem(rng: random.Random) -> Made:
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    a, b, c = rng.randint(5, 30), rng.randint(2, 20), rng.randint(1, 5)
-    text = f"{name} has {a} {thing}, gets {b} more and gives {c} away."
-    steps = f"{a} + {b} = {a + b} and {a + b} - {c} = {a + b - c}."
-    return {"x": text, "y": thing}, str(a + b - c), _near(rng, a + b - c), steps
+def addition(rng: Random) -> Exercise:
+    first = rng.randint(2, 60)
+    second = rng.randint(2, 39)
+    total = first + second
+    ones = second % 10
+    tens = second - ones
+    partial = first + tens
+    rationale = f"{first} + {tens} = {partial} and {partial} + {ones} = {total}."
+    fields = {"x": f"{first} + {second}"}
+    return Exercise(fields, str(total), _numbers_near(rng, total), rationale)
 
 
-def largest(rng: random.Random) -> Made:
+def subtraction(rng: Random) -> Exercise:
+    first = rng.randint(30, 99)
+    second = rng.randint(2, 29)
+    difference = first - second
+    ones = second % 10
+    tens = second - ones
+    partial = first - tens
+    rationale = f"{first} - {tens} = {partial} and {partial} - {ones} = {difference}."
+    fields = {"x": f"{first} - {second}"}
+    return Exercise(fields, str(difference), _numbers_near(rng, difference), rationale)
+
+
+def word_problem(rng: Random) -> Exercise:
+    name = rng.choice(NAMES)
+    thing = rng.choice(THINGS)
+    start = rng.randint(5, 30)
+    received = rng.randint(2, 20)
+    given = rng.randint(1, 5)
+    total = start + received
+    left = total - given
+    text = f"{name} has {start} {thing}, gets {received} more and gives {given} away."
+    rationale = f"{start} + {received} = {total} and {total} - {given} = {left}."
+    fields = {"x": text, "y": thing}
+    return Exercise(fields, str(left), _numbers_near(rng, left), rationale)
+
+
+def largest(rng: Random) -> Exercise:
     numbers = rng.sample(range(1, 999), 4)
-    best = max(numbers)
-    fields = {"x": ", ".join(map(str, numbers))}
-    return fields, str(best), [str(n) for n in numbers if n != best], f"{best} is above the others."
+    answer = str(max(numbers))
+    texts = [str(number) for number in numbers]
+    rationale = f"{answer} is above the others."
+    fields = {"x": ", ".join(texts)}
+    return Exercise(fields, answer, _without(texts, answer), rationale)
 
 
-def _boolean(rng: random.Random, depth: int) -> tuple[str, bool]:
+def _boolean(rng: Random, depth: int) -> tuple[str, bool]:
+    """A random expression and its value."""
     if depth == 0:
         value = rng.random() < 0.5
         return str(value), value
     if rng.random() < 0.3:
         text, value = _boolean(rng, depth - 1)
         return f"not ( {text} )", not value
-    (left, a), (right, b) = _boolean(rng, depth - 1), _boolean(rng, 0)
+    left, left_value = _boolean(rng, depth - 1)
+    right, right_value = _boolean(rng, 0)
     if rng.random() < 0.5:
-        return f"{left} and {right}", a and b
-    return f"( {left} ) or {right}", a or b
+        return f"{left} and {right}", left_value and right_value
+    return f"( {left} ) or {right}", left_value or right_value
 
 
-def boolean(rng: random.Random) -> Made:
-    value = rng.random() < 0.5
-    while True:
-        text, found = _boolean(rng, 4)
-        if found == value:
-            return {"x": text}, str(value), [str(not value)], f"{text} is {value}."
+def boolean(rng: Random) -> Exercise:
+    wanted = rng.random() < 0.5
+    text, value = _boolean(rng, 4)
+    while value != wanted:
+        text, value = _boolean(rng, 4)
+    fields = {"x": text}
+    return Exercise(fields, str(value), [str(not value)], f"{text} is {value}.")
 
 
-def parity(rng: random.Random) -> Made:
-    n = rng.randint(10, 9999)
-    answer, other = ("even", "odd") if n % 2 == 0 else ("odd", "even")
-    return {"x": str(n)}, answer, [other], f"The last digit of {n} is {n % 10}, which is {answer}."
+def parity(rng: Random) -> Exercise:
+    number = rng.randint(10, 9999)
+    last_digit = number % 10
+    answer = "even" if number % 2 == 0 else "odd"
+    wrong = "odd" if number % 2 == 0 else "even"
+    rationale = f"The last digit of {number} is {last_digit}, which is {answer}."
+    fields = {"x": str(number)}
+    return Exercise(fields, answer, [wrong], rationale)
 
 
-def divisible(rng: random.Random) -> Made:
-    d, yes = rng.choice((3, 4, 5)), rng.random() < 0.5
-    n = d * rng.randint(3, 1900) + (0 if yes else rng.randint(1, d - 1))
-    rest = f"{n} = {n // d} x {d} + {n % d}."
-    return {"x": str(n), "y": str(d)}, "yes" if yes else "no", ["no" if yes else "yes"], rest
+def divisible(rng: Random) -> Exercise:
+    divisor = rng.choice((3, 4, 5))
+    divides = rng.random() < 0.5
+    number = divisor * rng.randint(3, 1900)
+    if not divides:
+        number += rng.randint(1, divisor - 1)
+    quotient, remainder = divmod(number, divisor)
+    answer = "yes" if divides else "no"
+    wrong = "no" if divides else "yes"
+    rationale = f"{number} = {quotient} x {divisor} + {remainder}."
+    fields = {"x": str(number), "y": str(divisor)}
+    return Exercise(fields, answer, [wrong], rationale)
 
 
-def longest_word(rng: random.Random) -> Made:
+def longest_word(rng: Random) -> Exercise:
     while True:
         words = rng.sample(WORDS, 4)
-        lengths = sorted(map(len, words))
-        if lengths[-1] > lengths[-2]:
-            best = max(words, key=len)
-            rest = [w for w in words if w != best]
-            return {"x": ", ".join(words)}, best, rest, f"{best} has {len(best)} letters."
+        *_, second, first = sorted(len(word) for word in words)
+        if first > second:
+            break
+    answer = max(words, key=len)
+    rationale = f"{answer} has {len(answer)} letters."
+    fields = {"x": ", ".join(words)}
+    return Exercise(fields, answer, _without(words, answer), rationale)
 
 
-def last_word(rng: random.Random) -> Made:
+def last_word(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
-    return {"x": " ".join(words)}, words[-1], words[:-1], f"The list ends with {words[-1]}."
+    *wrong, answer = words
+    fields = {"x": " ".join(words)}
+    return Exercise(fields, answer, wrong, f"The list ends with {answer}.")
 
 
-def first_word(rng: random.Random) -> Made:
+def first_word(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
-    return {"x": " ".join(words)}, words[0], words[1:], f"The list begins with {words[0]}."
+    answer, *wrong = words
+    fields = {"x": " ".join(words)}
+    return Exercise(fields, answer, wrong, f"The list begins with {answer}.")
 
 
-def word_after(rng: random.Random) -> Made:
-    words, i = rng.sample(WORDS, 5), rng.randrange(4)
-    asked, answer = words[i], words[i + 1]
-    rest = [w for w in words if w not in (asked, answer)]
-    return {"x": " ".join(words), "y": asked}, answer, rest, f"{asked} is before {answer}."
+def word_after(rng: Random) -> Exercise:
+    words = rng.sample(WORDS, 5)
+    index = rng.randrange(4)
+    word = words[index]
+    answer = words[index + 1]
+    fields = {"x": " ".join(words), "y": word}
+    return Exercise(fields, answer, _without(words, word, answer), f"{word} is before {answer}.")
 
 
-def repeated_word(rng: random.Random) -> Made:
-    words = rng.sample(WORDS, 4)
-    line = [*words, words[0]]
+def repeated_word(rng: Random) -> Exercise:
+    answer, *wrong = rng.sample(WORDS, 4)
+    line = [answer, *wrong, answer]
     rng.shuffle(line)
-    return {"x": " ".join(line)}, words[0], words[1:], f"{words[0]} stands there twice."
+    fields = {"x": " ".join(line)}
+    return Exercise(fields, answer, wrong, f"{answer} stands there twice.")
 
 
-def mentioned(rng: random.Random) -> Made:
+def mentioned(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 8)
-    text, said = words[:5], rng.choice(words[:5])
-    return {"x": " ".join(text)}, said, words[5:], f"{said} is in the line."
+    text = words[:5]
+    answer = rng.choice(text)
+    fields = {"x": " ".join(text)}
+    return Exercise(fields, answer, words[5:], f"{answer} is in the line.")
 
 
-def owned(rng: random.Random) -> Made:
-    people, things = rng.sample(NAMES, 4), rng.sample(WORDS, 4)
-    text = ". ".join(f"{p} has the {t}" for p, t in zip(people, things, strict=True)) + "."
-    i = rng.randrange(4)
-    rest = [t for t in things if t != things[i]]
-    return {"x": text, "y": people[i]}, things[i], rest, f"{people[i]} has the {things[i]}."
+def owned(rng: Random) -> Exercise:
+    people = rng.sample(NAMES, 4)
+    things = rng.sample(WORDS, 4)
+    sentences = [f"{person} has the {thing}" for person, thing in zip(people, things, strict=True)]
+    index = rng.randrange(4)
+    person = people[index]
+    answer = things[index]
+    fields = {"x": ". ".join(sentences) + ".", "y": person}
+    return Exercise(fields, answer, _without(things, answer), f"{person} has the {answer}.")
 
 
-def prefix(rng: random.Random) -> Made:
+def prefix(rng: Random) -> Exercise:
     while True:
-        words = rng.sample(WORDS, 4)
-        start = words[0][: rng.randint(2, 4)]
-        if not any(w.startswith(start[0]) for w in words[1:]):
-            return {"x": start}, words[0], words[1:], f"{words[0]} starts with {start}."
+        answer, *wrong = rng.sample(WORDS, 4)
+        start = answer[: rng.randint(2, 4)]
+        if not any(word.startswith(start[0]) for word in wrong):
+            fields = {"x": start}
+            return Exercise(fields, answer, wrong, f"{answer} starts with {start}.")
 
 
-def suffix(rng: random.Random) -> Made:
+def suffix(rng: Random) -> Exercise:
     while True:
-        words = rng.sample(WORDS, 4)
-        end = words[0][-rng.randint(2, 4) :]
-        if not any(w.endswith(end) for w in words[1:]):
-            return {"x": end}, words[0], words[1:], f"{words[0]} ends with {end}."
+        answer, *wrong = rng.sample(WORDS, 4)
+        end = answer[-rng.randint(2, 4) :]
+        if not any(word.endswith(end) for word in wrong):
+            fields = {"x": end}
+            return Exercise(fields, answer, wrong, f"{answer} ends with {end}.")
 
 
-def alphabetical(rng: random.Random) -> Made:
+def alphabetical(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
-    best = min(words)
-    rest = [w for w in words if w != best]
-    return {"x": ", ".join(words)}, best, rest, f"In order: {', '.join(sorted(words))}."
+    in_order = sorted(words)
+    answer = in_order[0]
+    rationale = f"In order: {', '.join(in_order)}."
+    fields = {"x": ", ".join(words)}
+    return Exercise(fields, answer, _without(words, answer), rationale)
 
 
-def count_letter(rng: random.Random) -> Made:
+def count_letter(rng: Random) -> Exercise:
     wanted = rng.randint(1, 4)
     while True:
         text = " ".join(rng.sample(WORDS, 3))
         letter = rng.choice(text.replace(" ", ""))
         if text.count(letter) == wanted:
-            others = [str(n) for n in range(1, 5) if n != wanted]
-            where = " ".join(c for c in text if c == letter)
-            return {"x": text, "y": letter}, str(wanted), others, f"Found {where}: {wanted}."
+            break
+    wrong = [str(count) for count in range(1, 5) if count != wanted]
+    found = " ".join([letter] * wanted)
+    fields = {"x": text, "y": letter}
+    return Exercise(fields, str(wanted), wrong, f"Found {found}: {wanted}.")
 
 
-def next_number(rng: random.Random) -> Made:
-    start, step = rng.randint(1, 300), rng.randint(2, 9)
-    line = [start + step * i for i in range(5)]
-    text = ", ".join(map(str, line[:-1]))
-    return {"x": text}, str(line[-1]), _near(rng, line[-1]), f"Each is {step} more than the former."
+def next_number(rng: Random) -> Exercise:
+    start = rng.randint(1, 300)
+    step = rng.randint(2, 9)
+    shown = [str(start + step * index) for index in range(4)]
+    answer = start + 4 * step
+    rationale = f"Each is {step} more than the former."
+    fields = {"x": ", ".join(shown)}
+    return Exercise(fields, str(answer), _numbers_near(rng, answer), rationale)
 
 
-def spelled(rng: random.Random) -> Made:
-    words = rng.sample(WORDS, 4)
-    return (
-        {"x": rng.choice("-./+").join(words[0])},
-        words[0],
-        words[1:],
-        f"Joined, the letters are {words[0]}.",
-    )
+def spelled(rng: Random) -> Exercise:
+    answer, *wrong = rng.sample(WORDS, 4)
+    text = rng.choice("-./+").join(answer)
+    fields = {"x": text}
+    return Exercise(fields, answer, wrong, f"Joined, the letters are {answer}.")
 
 
-def phrase_with(rng: random.Random) -> Made:
+def phrase_with(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 10)
-    phrases = [" ".join(words[i : i + 3]) for i in (0, 3, 6)]
-    key = rng.choice(words[:3])
-    return {"x": key}, phrases[0], phrases[1:], f"{key} is in {phrases[0]}."
+    answer, *wrong = (" ".join(words[start : start + 3]) for start in (0, 3, 6))
+    word = rng.choice(words[:3])
+    fields = {"x": word}
+    return Exercise(fields, answer, wrong, f"{word} is in {answer}.")
 
 
-def shared_word(rng: random.Random) -> Made:
+def shared_word(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 8)
-    shared, left, right = words[0], words[:3], [words[0], *words[3:5]]
+    answer = words[0]
+    left = words[:3]
+    right = [answer, *words[3:5]]
     rng.shuffle(left)
     rng.shuffle(right)
     text = f"{' '.join(left)}; {' '.join(right)}."
-    return {"x": text}, shared, words[5:], f"{shared} is in both."
+    fields = {"x": text}
+    return Exercise(fields, answer, words[5:], f"{answer} is in both.")
 
 
-def missing_item(rng: random.Random) -> Made:
+def missing_item(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 7)
-    first, lost = words[:4], rng.choice(words[:4])
-    second = [w for w in first if w != lost]
+    first = words[:4]
+    answer = rng.choice(first)
+    second = _without(first, answer)
     rng.shuffle(second)
     text = f"{' '.join(first)}; {' '.join(second)}."
-    return {"x": text}, lost, words[4:], f"{lost} is in the first list only."
+    fields = {"x": text}
+    return Exercise(fields, answer, words[4:], f"{answer} is in the first list only.")
 
 
-def swaps(rng: random.Random) -> Made:
-    people, things = rng.sample(NAMES, 3), rng.sample(WORDS, 3)
-    has = dict(zip(people, things, strict=True))
-    text = [f"{p} has the {t}" for p, t in has.items()]
+def swaps(rng: Random) -> Exercise:
+    people = rng.sample(NAMES, 3)
+    things = rng.sample(WORDS, 3)
+    owned_by = dict(zip(people, things, strict=True))
+    sentences = _owners(owned_by)
     for _ in range(2):
-        a, b = rng.sample(people, 2)
-        has[a], has[b] = has[b], has[a]
-        text.append(f"{a} and {b} swap")
-    who = rng.choice(people)
-    rest = [t for t in things if t != has[who]]
-    steps = "At last " + ", ".join(f"{p} has the {t}" for p, t in has.items()) + "."
-    return {"x": ". ".join(text) + ".", "y": who}, has[who], rest, steps
+        first, second = rng.sample(people, 2)
+        owned_by[first], owned_by[second] = owned_by[second], owned_by[first]
+        sentences.append(f"{first} and {second} swap")
+    person = rng.choice(people)
+    answer = owned_by[person]
+    rationale = "At last " + ", ".join(_owners(owned_by)) + "."
+    fields = {"x": ". ".join(sentences) + ".", "y": person}
+    return Exercise(fields, answer, _without(things, answer), rationale)
 
 
-def weekday(rng: random.Random) -> Made:
-    days = [f"{datetime.date(2024, 1, 1) + datetime.timedelta(i):%A}" for i in range(7)]
-    today, ahead = rng.randrange(7), rng.randint(2, 60)
-    answer = days[(today + ahead) % 7]
-    others = rng.sample([d for d in days if d != answer], 3)
-    steps = f"{ahead} days are {ahead // 7} weeks and {ahead % 7} days."
-    return {"x": days[today], "y": str(ahead)}, answer, others, steps
+def _owners(owned_by: dict[str, str]) -> list[str]:
+    return [f"{person} has the {thing}" for person, thing in owned_by.items()]
 
 
-def navigate(rng: random.Random) -> Made:
-    back, moves = rng.random() < 0.5, []
-    a, b = rng.randint(1, 30), rng.randint(1, 30)
-    moves = [("forward", a), ("left", b), ("back", a), ("right", b)]
-    if not back:
-        i = rng.randrange(4)
-        moves[i] = (moves[i][0], moves[i][1] + rng.randint(1, 3))
+def weekday(rng: Random) -> Exercise:
+    today = rng.randrange(7)
+    days_ahead = rng.randint(2, 60)
+    answer = WEEKDAYS[(today + days_ahead) % 7]
+    wrong = rng.sample(_without(WEEKDAYS, answer), 3)
+    weeks, days = divmod(days_ahead, 7)
+    rationale = f"{days_ahead} days are {weeks} weeks and {days} days."
+    fields = {"x": WEEKDAYS[today], "y": str(days_ahead)}
+    return Exercise(fields, answer, wrong, rationale)
+
+
+def navigate(rng: Random) -> Exercise:
+    returns = rng.random() < 0.5
+    length = rng.randint(1, 30)
+    width = rng.randint(1, 30)
+    steps = {"forward": length, "left": width, "back": length, "right": width}
+    moves = list(steps)
+    if not returns:
+        changed = moves[rng.randrange(4)]
+        steps[changed] += rng.randint(1, 3)
     rng.shuffle(moves)
-    text = ". ".join(f"Take {n} steps {way}" for way, n in moves) + "."
-    total = dict(moves)
-    steps = (
-        f"Forward {total['forward']}, back {total['back']}, "
-        f"left {total['left']}, right {total['right']}."
+    sentences = [f"Take {steps[move]} steps {move}" for move in moves]
+    rationale = (
+        f"Forward {steps['forward']}, back {steps['back']}, "
+        f"left {steps['left']}, right {steps['right']}."
     )
-    return {"x": text}, "yes" if back else "no", ["no" if back else "yes"], steps
+    answer = "yes" if returns else "no"
+    wrong = "no" if returns else "yes"
+    fields = {"x": ". ".join(sentences) + "."}
+    return Exercise(fields, answer, [wrong], rationale)
 
 
-def dyck(rng: random.Random) -> Made:
-    pairs = {"(": ")", "[": "]", "{": "}"}
+def dyck(rng: Random) -> Exercise:
+    closing = {"(": ")", "[": "]", "{": "}"}
     opened = [rng.choice("([{") for _ in range(rng.randint(2, 5))]
-    text = " ".join(opened)
-    close = " ".join(pairs[c] for c in reversed(opened))
-    others: set[str] = set()
-    while len(others) < 3:
+    answer = " ".join(closing[bracket] for bracket in reversed(opened))
+    wrong: set[str] = set()
+    while len(wrong) < 3:
         other = " ".join(rng.choice(")]}") for _ in opened)
-        if other != close:
-            others.add(other)
-    return {"x": text}, close, sorted(others), f"The last opened, {opened[-1]}, closes first."
+        if other != answer:
+            wrong.add(other)
+    rationale = f"The last opened, {opened[-1]}, closes first."
+    fields = {"x": " ".join(opened)}
+    return Exercise(fields, answer, sorted(wrong), rationale)

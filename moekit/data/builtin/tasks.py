@@ -13,6 +13,8 @@ import zoneinfo
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
+from typing import NamedTuple
 
 from moekit.data.builtin import generators
 from moekit.data.builtin.entries import Entry, entries, sources_digest, split_of
@@ -29,6 +31,15 @@ MIN_CHARACTERS = 160  # of a document
 HELD_OUT = ("description matching", "text selection", "cloze", "state tracking")
 INVERTED = templates("builtin", target="{x}")
 KeyedExample = tuple[str, Example]  # the hash of the key determines the split
+
+
+class Question(NamedTuple):
+    """A question whose wrong options are answers of other questions."""
+
+    key: str  # its hash determines the split
+    text: str
+    answer: str
+    domain: str
 
 
 @lru_cache(maxsize=1)
@@ -137,34 +148,40 @@ def _generated(name: str) -> list[KeyedExample]:
     return list(examples.items())
 
 
-def _choices(
-    name: str, questions: Iterable[tuple[str, str, str, str]], num_wrong: int = 3
-) -> list[KeyedExample]:
-    """Multiple-choice examples of (key, question, answer, domain).
+def _choices(name: str, questions: Iterable[Question], num_wrong: int = 3) -> list[KeyedExample]:
+    """Multiple-choice examples; wrong options are other answers of the same split.
 
-    Wrong options are other answers of the same split. Of equal questions only the first is kept,
-    or one could be in two splits.
+    Of equal questions only the first is kept, or one could be in two splits.
     """
-    first: dict[str, tuple[str, str, str, str]] = {}
-    for each in questions:
-        first.setdefault(each[1], each)
+    distinct: dict[str, Question] = {}
+    for question in questions:
+        distinct.setdefault(question.text, question)
     answers: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for key, _, answer, _ in first.values():
-        answers[split_of(key)].add(answer)
+    for question in distinct.values():
+        answers[split_of(question.key)].add(question.answer)
     pools = {split: sorted(found) for split, found in answers.items()}
     examples = []
-    for key, question, answer, domain in first.values():
-        others = [other for other in pools[split_of(key)] if other != answer]
-        if len(others) < num_wrong:
-            continue
-        drawn = stable_random(name, question).sample(others, min(len(others), 4 * num_wrong))
-        apart = [other for other in drawn if other not in question and question not in other]
-        if len(apart) < num_wrong:
-            continue
-        fields = {"x": question}
-        example = _example(name, question, fields, answer, apart[:num_wrong], domain)
-        examples.append((key, example))
+    for question in distinct.values():
+        pool = pools[split_of(question.key)]
+        wrong = _wrong_options(name, question, pool, num_wrong)
+        if len(wrong) == num_wrong:
+            key, text, answer, domain = question
+            example = _example(name, text, {"x": text}, answer, wrong, domain)
+            examples.append((key, example))
     return examples
+
+
+def _wrong_options(name: str, question: Question, pool: list[str], count: int) -> list[str]:
+    """Random answers that neither contain the question nor are part of it."""
+    others = [answer for answer in pool if answer != question.answer]
+    if len(others) < count:
+        return []
+    rng = stable_random(name, question.text)
+    wrong = []
+    for answer in rng.sample(others, min(len(others), 4 * count)):
+        if answer not in question.text and question.text not in answer:
+            wrong.append(answer)
+    return wrong[:count]
 
 
 def _summarized(kind: str, shortest: int = 20, longest: int = 100) -> list[Entry]:
@@ -181,20 +198,27 @@ def _summarized(kind: str, shortest: int = 20, longest: int = 100) -> list[Entry
     return mixed[:MAX_OBJECTS]
 
 
+def _name_questions(found: list[Entry]) -> list[Question]:
+    """Which name belongs to a summary."""
+    return [Question(each.text, each.summary, each.name, each.domain) for each in found]
+
+
 def _function_names(name: str) -> list[KeyedExample]:
     functions = _summarized("function")
-    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in functions])
+    return _choices(name, _name_questions(functions))
 
 
 def _class_names(name: str) -> list[KeyedExample]:
     classes = _summarized("class")
-    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in classes])
+    return _choices(name, _name_questions(classes))
 
 
 def _module_names(name: str) -> list[KeyedExample]:
-    modules = [e for e in entries() if e.kind == "module" and 15 <= len(e.summary) <= 100]
-    modules = modules[:MAX_OBJECTS]
-    return _choices(name, [(e.text, e.summary, e.name, e.domain) for e in modules])
+    modules = []
+    for entry in entries():
+        if entry.kind == "module" and 15 <= len(entry.summary) <= 100:
+            modules.append(entry)
+    return _choices(name, _name_questions(modules[:MAX_OBJECTS]))
 
 
 def _topic_titles(name: str) -> list[KeyedExample]:
@@ -213,7 +237,7 @@ def _topic_titles(name: str) -> list[KeyedExample]:
     for entry, texts in paragraphs:
         own = [text for text in texts if len(text) >= 40 and topics_of_text[text] == 1]
         for text in own[:10]:  # the same number for all, or a few long topics would dominate
-            questions.append((entry.text, text, entry.name[:40], entry.domain))
+            questions.append(Question(entry.text, text, entry.name[:40], entry.domain))
     return _choices(name, questions)
 
 
@@ -224,9 +248,10 @@ def _sentences(name: str) -> list[KeyedExample]:
         words = re.findall(r"\b[a-z]{5,}\b", entry.summary)
         if words:
             longest_word = max(words, key=len)
-            questions.append((entry.text, longest_word, entry.summary, entry.domain))
-    count = Counter(word for _, word, _, _ in questions)
-    return _choices(name, [question for question in questions if count[question[1]] == 1])
+            questions.append(Question(entry.text, longest_word, entry.summary, entry.domain))
+    count = Counter(question.text for question in questions)
+    rare = [question for question in questions if count[question.text] == 1]
+    return _choices(name, rare)
 
 
 def _text_words(name: str) -> list[KeyedExample]:
@@ -237,7 +262,7 @@ def _text_words(name: str) -> list[KeyedExample]:
         words = re.findall(r"\b[a-z]{4,}\b", text)
         if len(words) > 2:
             word = stable_random(name, entry.text).choice(words)
-            questions.append((entry.text, text, word, entry.domain))
+            questions.append(Question(entry.text, text, word, entry.domain))
     return _choices(name, _in_random_order(questions)[:NUM_GENERATED])
 
 
@@ -253,12 +278,12 @@ def _gaps(name: str) -> list[KeyedExample]:
             second = text.index(word, text.index(word) + len(word))
             before, after = text[:second], text[second + len(word) :]
             hidden = f"{before}___{after}".rpartition(" ")[0]
-            questions.append((entry.text, hidden, word, entry.domain))
+            questions.append(Question(entry.text, hidden, word, entry.domain))
     return _choices(name, _in_random_order(questions)[:MAX_OBJECTS])
 
 
-def _in_random_order(questions: list[tuple[str, str, str, str]]) -> list[tuple]:
-    return sorted(questions, key=lambda question: stable_random(question[0]).random())
+def _in_random_order(questions: list[Question]) -> list[Question]:
+    return sorted(questions, key=lambda question: stable_random(question.key).random())
 
 
 def _owners(name: str) -> list[KeyedExample]:
@@ -271,23 +296,26 @@ def _owners(name: str) -> list[KeyedExample]:
     for package, functions in sorted(packages.items()):
         # the same number for all, so that no answer is the most frequent one
         for entry in functions[: MAX_OBJECTS // 5]:
-            questions.append((entry.text, entry.name, package, package))
+            questions.append(Question(entry.text, entry.name, package, package))
     return _choices(name, questions)
 
 
 def _statuses(name: str) -> list[KeyedExample]:
-    codes = [(str(status.value), status.phrase) for status in http.HTTPStatus]
-    return _choices(name, [(code, code, phrase, "http") for code, phrase in codes])
+    questions = []
+    for status in http.HTTPStatus:
+        code = str(status.value)
+        questions.append(Question(code, code, status.phrase, "http"))
+    return _choices(name, questions)
 
 
 def _characters(name: str) -> list[KeyedExample]:
     questions = []
-    for code in (*range(0x21, 0x250), *range(0x370, 0x530), *range(0x2190, 0x2300)):
+    for code in chain(range(0x21, 0x250), range(0x370, 0x530), range(0x2190, 0x2300)):
         character = chr(code)
         title = unicodedata.name(character, "")
         visible = unicodedata.category(character)[0] in "LSP"
         if title and visible and len(title) < 60:
-            questions.append((title, title.lower(), character, "unicode"))
+            questions.append(Question(title, title.lower(), character, "unicode"))
     return _choices(name, questions)
 
 
@@ -297,7 +325,7 @@ def _zones(name: str) -> list[KeyedExample]:
     for zone in sorted(zoneinfo.available_timezones()):
         region, _, place = zone.partition("/")
         if region in regions and place and "/" not in place:
-            questions.append((zone, place.replace("_", " "), region, "zones"))
+            questions.append(Question(zone, place.replace("_", " "), region, "zones"))
     return _choices(name, questions)
 
 
