@@ -45,9 +45,9 @@ setup = mk.StudySetup(BIG if FULL else SMALL)
 
 # %% [markdown]
 # ## Four ways to train one model
-# All are `switch` with eight experts, the same seed and batches. What differs is what keeps the
-# router honest: nothing, the balance loss of Fedus et al. (2021), that and ST-MoE's router z-loss,
-# or a bias that is moved after every step and no gradient touches (Wang et al. 2024).
+# All are `switch` with eight experts, the same seed and batches. They differ in
+# what keeps the load even: nothing, the balance loss of Fedus et al. (2021), that and ST-MoE's
+# router z-loss, or a bias that is updated after every step without a gradient (Wang et al. 2024).
 
 # %%
 variants = {
@@ -76,8 +76,8 @@ mk.show(mk.plot_learning_curves(curves, "encoder_dropped", label, title), "07-dr
 # ## After training
 # The routing of held-out text. `confidence` is the mean combine weight, `router entropy` how
 # undecided the router is about a token; load entropy is about all tokens together. A router can be
-# sure of every token and balanced over all of them. These texts have no target: the decoder reads
-# nothing but its start token, so look at the encoder's rows.
+# sure of every token and balanced over all of them. These texts have no target, so only the encoder
+# is traced.
 
 # %%
 traces = {name: setup.trace(run.model) for name, run in runs.items()}
@@ -92,7 +92,7 @@ mk.show(mk.plot_expert_load(traces["balance loss"]), "07-load-balance-loss")
 
 # %% [markdown]
 # ## What does balance cost?
-# Less pressure means better or worse loss? At this length of training the differences are small and
+# Does weaker balancing improve the loss? At this length of training the differences are small and
 # one seed cannot rank them; the ablations of the paper go both ways (FLAN-EC-base gains from the
 # balance loss, FLAN-ST-base loses).
 
@@ -103,7 +103,8 @@ for name, run in runs.items():
 
 # %% [markdown]
 # ## Capacity at evaluation
-# The same trained model, asked with other capacity factors: routing is alike, drops are not.
+# The same trained model, evaluated with other capacity factors: the router's choices are similar,
+# the drops are not.
 
 # %%
 prompts = mk.text_prompts(setup.corpus, 16, characters=300)

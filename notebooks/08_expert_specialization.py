@@ -72,8 +72,9 @@ mk.show(mk.plot_domain_distance(before), "08-domain-distance")
 
 # %% [markdown]
 # ## Tokens
-# The frequent tokens that an expert gets most faithfully. In models of this size the router mostly
-# reads the token itself: punctuation here, word beginnings there.
+# For each expert, the frequent tokens that it receives most often, as a share of all their
+# occurrences. In models of this size the router mostly depends on the token itself: punctuation for
+# one expert, beginnings of words for another.
 
 # %%
 mk.show(mk.plot_token_specialization(before, setup.tokenizer), "08-tokens")
