@@ -14,6 +14,7 @@ from .analysis.plots import (
     plot_rates as plot_rates,
     plot_routing as plot_routing,
     plot_scores as plot_scores,
+    plot_seeds as plot_seeds,
     plot_sharding as plot_sharding,
     plot_specialization as plot_specialization,
     plot_task_specialization as plot_task_specialization,

@@ -12,6 +12,19 @@ from moekit.analysis import plots
 from moekit.analysis.specialization import Specialization
 from moekit.training.metrics import Metrics
 
+# of the recorded pretraining over seeds
+PRETRAINING_STEP = 1332
+PRETRAINED_MODELS = {
+    "dense": "dense (t5-nano)",
+    "one": "switch with one expert",
+    "switch": "switch, 8 experts",
+    "nodrop": "switch, nothing dropped",
+    "hash_nodrop": "hash router, nothing dropped",
+    "top2": "top-2 of half width",
+    "st": "st-nano",
+    "encoder_only": "switch, sparse in the encoder only",
+    "wide": "dense with all experts' parameters",
+}
 LOSS = "validation loss (nats a target token)"
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -19,7 +32,7 @@ DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 def figures(
     results: Path = Path("assets/results"), out: Path = Path("assets/figures")
 ) -> list[Path]:
-    """Draw the figures of every recorded study and evaluation again; returns their files.
+    """Draw the figures of every record again: studies, evaluations, pretraining over seeds.
 
     Raises:
       FileNotFoundError: the folder has no results.
@@ -33,6 +46,9 @@ def figures(
                 paths += draw_study(record, path.stem, Path(out))
             elif record["kind"] == "evaluation":
                 paths.append(draw_evaluation(record, path.stem, Path(out)))
+            elif record["kind"] == "pretraining":
+                figure = plot_recorded_seeds(record, PRETRAINING_STEP)
+                paths.append(plots.save_figure(figure, Path(out) / f"{path.stem}.png"))
         except DAMAGED as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
@@ -50,6 +66,30 @@ def draw_evaluation(record: dict[str, Any], name: str, folder: Path) -> Path:
     title = f"{record['model']}, normalised average {average:.1%}"
     figure = plots.plot_scores({record["model"]: record["suites"]}, title)
     return plots.save_figure(figure, folder / f"{name}-scores.png")
+
+
+def seed_losses(record: dict[str, Any], step: int) -> dict[str, list[float]]:
+    """Validation losses of the seeds of each model of a pretraining record after a step."""
+    losses = {}
+    for variant, name in PRETRAINED_MODELS.items():
+        for run in record["runs"]:
+            if run["variant"] == variant and run["setting"] == "base":
+                after = [each for each in run["checkpoints"] if each["step"] == step]
+                losses[name] = after[0]["valid_loss"]
+    return losses
+
+
+def plot_recorded_seeds(record: dict[str, Any], step: int) -> Figure:
+    """The validation losses of a pretraining record after a step, one dot per seed."""
+    losses = seed_losses(record, step)
+    dense = np.mean(losses[PRETRAINED_MODELS["dense"]])
+    switch = np.mean(losses[PRETRAINED_MODELS["switch"]])
+    wide = np.mean(losses[PRETRAINED_MODELS["wide"]])
+    title = (
+        f"Step {step:,}, mean difference from dense:\n{switch - dense:+.3f} nats for switch, "
+        f"{wide - dense:+.3f} nats with all experts' parameters for every token"
+    )
+    return plots.plot_seeds(losses, LOSS, title)
 
 
 def draw_study(results: dict[str, Any], name: str, folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from moekit.analysis.plots.results import (
     plot_bars as plot_bars,
     plot_learning_curves as plot_learning_curves,
     plot_scores as plot_scores,
+    plot_seeds as plot_seeds,
 )
 from moekit.analysis.plots.style import save_figure as save_figure, show as show
 from moekit.analysis.plots.traces import (

@@ -43,6 +43,31 @@ def plot_bars(
     return figure
 
 
+def plot_seeds(groups: Mapping[str, Sequence[float]], label: str, title: str) -> Figure:
+    """One dot per seed, one row per group, with mean and standard error.
+
+    Args:
+      groups: values of the seeds by the group's name; the first group's mean is the dashed line.
+      label: of the horizontal axis.
+      title: of the figure.
+    """
+    height = 1.2 + 0.42 * len(groups)
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    for row, values in enumerate(groups.values()):
+        mean = np.mean(values)
+        standard_error = np.std(values, ddof=1) / np.sqrt(len(values))
+        heights = np.full(len(values), row)
+        axes.plot(values, heights, "o", color="0.55", markersize=5, alpha=0.7)
+        axes.errorbar(mean, row, xerr=standard_error, fmt="|", color="black", ms=14, capsize=4)
+    first = next(iter(groups.values()))
+    axes.axvline(float(np.mean(first)), color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    figure.suptitle(title)
+    return figure
+
+
 def plot_learning_curves(
     runs: Mapping[str, Metrics],
     key: str = "loss",
