@@ -10,12 +10,12 @@
 # %% [markdown]
 # # 00 Start here
 #
-# **What you will see**: what this machine has, how a model lies on its devices, and a small
-# Mixture-of-Experts model that is trained, asked, and looked into. **Time**: about a minute on two
+# **What you will see**: the devices of this machine, how a model is placed on them, and a small
+# Mixture-of-Experts model that is trained, evaluated and analysed. **Time**: about a minute on two
 # CPU cores.
 #
 # moekit rebuilds FLAN-MoE (Shen et al. 2023): sparse encoder-decoder models that are pretrained by
-# span corruption and then instruction-tuned on many tasks. The notebooks go in order: 01 the MoE
+# span corruption and then instruction-tuned on many tasks. The notebooks are ordered: 01 the MoE
 # layer, 02 sharding, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router
 # balance, 08 expert specialization, 11 scaling to pods.
 
@@ -46,15 +46,15 @@ SIZE, STEPS, BATCH_TOKENS = ("mini", 2000, 65_536) if FULL else ("nano", 60, 512
 # ## What runs where
 # `moekit doctor` prints the same. On a Cloud TPU VM or Colab TPU the devices are chips, on a laptop
 # one CPU. For a CPU with several virtual devices call `mk.make_mesh(expert=8)` before anything
-# else uses jax: slow, but the same program as on eight chips.
+# else uses jax: it is slow, but runs the same program as eight chips.
 
 # %%
 print(as_text(report()))
 
 # %% [markdown]
-# ## A mesh and a model born on it
-# The mesh has three axes: `data` and `expert` split the tokens, `expert` splits the experts,
-# `model` splits single matrices. Devices that no axis asks for go to `data`.
+# ## A mesh and a model sharded over it
+# The mesh has three axes: tokens are sharded over `data` and `expert`, experts over `expert`, and
+# single matrices over `model`. The remaining devices go to `data`.
 
 # %%
 mesh = mk.make_mesh()
@@ -69,7 +69,7 @@ for name in ("wi_edf", "wg_edf", "wo_efd"):
 # %% [markdown]
 # ## Train it
 # The embedded mixture needs no network: tasks cut from the documentation of installed packages and
-# from seeded generators. Training is one call; everything it leaves is in `run`.
+# from seeded generators. Training is one call; its result is `run`.
 
 # %%
 mixture = mk.flan_mixture("builtin")
@@ -86,9 +86,9 @@ run = mk.train(model, mixture, config)
 mk.show(run.metrics.plot(f"{cfg.name}, its first {STEPS} steps"), "00-training")
 
 # %% [markdown]
-# ## Ask it
-# So short a training teaches the form of answers and little else. The interval and the chance level
-# beside each score tell which tasks have gained.
+# ## Evaluate it
+# Such a short training teaches the form of answers and little else. The interval and the chance
+# level beside each score show which tasks have improved.
 
 # %%
 tasks = [task for task in mixture.tasks if task.name in ("largest", "longest_word", "parity")]
@@ -97,8 +97,9 @@ print(scores.table())
 print(mk.generate(model, ["What is 3 + 4?"], max_new_tokens=8))
 
 # %% [markdown]
-# ## Look into it
-# A `RouterTrace` holds which token went to which expert in which layer. All analysis reads it.
+# ## Look at its routing
+# A `RouterTrace` stores which token was routed to which expert in which layer. All analyses read
+# it.
 
 # %%
 trace = mk.trace_routing(model, mixture.sample(128))
@@ -111,5 +112,5 @@ mk.show(mk.plot_expert_load(trace), "00-expert-load")
 # ## Exercises
 # 1. Give the model another router: `mk.preset("st-nano").replace(router=mk.ExpertChoice(),
 #    decoder_router=mk.Switch())`. Which of the curves above changes at once?
-# 2. Ask with `shots=2`. Does a model that cannot do the task profit from seeing it done?
+# 2. Evaluate with `shots=2`. Does a model that cannot do the task benefit from solved examples?
 # 3. Replace `st` by `t5`: the dense twin of equal FLOPs per token. What can no longer be drawn?

@@ -10,8 +10,8 @@
 # %% [markdown]
 # # 01 The MoE layer
 #
-# **What you will see**: router logits become a `Routing`; six routers on the same tokens; what
-# capacity drops; how tokens travel; what a layer costs; and a router of your own, trained.
+# **What you will see**: how router logits become a `Routing`; six routers on the same tokens; which
+# tokens capacity drops; how tokens are dispatched; what a layer costs; and a router of your own.
 # **Time**: about a minute.
 
 # %%
@@ -45,8 +45,8 @@ STEPS = 1000 if FULL else 40
 # %% [markdown]
 # ## From logits to a Routing
 # A router is a function of one group's logits `[S tokens, E experts]`, its padding mask and the
-# number of slots of each expert. It answers *who goes where*, for every token and for every slot:
-# a choice knows its slot, a slot knows its choice. Nothing is moved yet.
+# number of slots of each expert. Its result says which expert and slot every token is assigned to,
+# and which token every slot holds. No features are moved yet.
 
 # %%
 words = ["the", "router", "sends", "every", "token", "of", "a", "line", "to"]
@@ -60,9 +60,9 @@ print("token in each slot (9 is none):  ", switch.assignment)
 
 # %% [markdown]
 # ## Six routers, the same logits
-# Darkness is probability, a number the slot a choice got, a cross a choice that was dropped because
-# its expert was full. Padding (the last row) never takes a slot. Expert Choice turns the question
-# round: every expert picks its tokens, so load is even and a token may get none or several.
+# The darker a cell, the higher the router's probability. A number is the slot in the expert's
+# queue; a cross is a choice that found the queue full. Padding (the last row) never takes a slot.
+# In Expert Choice, experts choose tokens: load is even, and a token may get no expert or several.
 
 # %%
 routers = {
@@ -81,9 +81,10 @@ mk.show(mk.plot_routing(routings, words), "01-routers")
 
 # %% [markdown]
 # ## Capacity
-# `C = capacity factor x tokens / experts` slots an expert, in one of two conventions: with the
-# number of choices k (Mesh-TensorFlow, GShard) or without (flaxformer). What finds no slot is
-# dropped: the token passes by the layer through the residual connection, and the layer returns 0.
+# Each expert has `C = capacity factor x tokens / experts` slots, in one of two conventions:
+# multiplied by the number of choices k (Mesh-TensorFlow, GShard) or not (flaxformer). A choice
+# without a slot is dropped: the layer returns 0 for it, and the token is left to the residual
+# connection.
 
 # %%
 tokens, experts = 512, 8
@@ -100,15 +101,15 @@ for name in ("Switch", "top-2", "GShard", "Expert Choice"):
         dropped[name][str(factor)] = float(1 - kept.mean())
 
 # %%
-fig = mk.plot_bars(dropped, "share of tokens no expert processed", "Uneven logits, 512 tokens")
+fig = mk.plot_bars(dropped, "share of tokens without an expert", "Uneven logits, 512 tokens")
 fig.axes[0].set_xlabel("capacity factor (k counted)")
 mk.show(fig, "01-capacity")
 
 # %% [markdown]
 # ## The layer
-# `mk.MoE` is router, transport and experts in one nnx module that fits into any model of yours.
-# Tokens move by gathers in both directions: a slot fetches its token, a token fetches its slots'
-# results. No one-hot tensor of tokens x experts x capacity is ever built.
+# `mk.MoE` is router, dispatch and experts in one nnx module that can be used in any model.
+# Dispatch and combine are gathers: a slot reads its token, a token reads the results of its slots.
+# No one-hot tensor of tokens x experts x capacity is built.
 
 # %%
 moe = mk.MoE(64, 128, 8, router=mk.TopK(k=2), capacity_counts_k=True, rngs=nnx.Rngs(0))
@@ -121,8 +122,8 @@ print("balance loss (2 = even)", round(float(stats.balance_loss()), 3))
 
 # %% [markdown]
 # ## What it costs
-# Forward and backward against the dense FFN of equal active FLOPs, all in one run. `einsum` is the
-# one-hot transport that many codebases use: its cost grows with tokens x slots.
+# Forward and backward time beside the dense FFN of equal active FLOPs, measured in one run.
+# `einsum` is the one-hot dispatch that many codebases use: its cost grows with tokens x slots.
 
 # %%
 rows = bench_layer(tokens=1024, d_model=128, d_ff=352, repeats=5)
@@ -139,8 +140,8 @@ mk.show(fig, "01-cost")
 
 # %% [markdown]
 # ## A router of your own
-# Pick experts and weights, let `mk.assign` queue them. This one is top-1 with noisy logits while
-# training (a key is given), a simple way to make the router try other experts.
+# A router chooses experts and weights; `mk.assign` assigns slots. This one is top-1 with noisy
+# logits during training (when a key is given), a simple way to make the router try other experts.
 
 
 # %%
@@ -171,5 +172,5 @@ mk.show(mk.plot_learning_curves(runs, key, label, "A router of your own"), "01-o
 # 1. Why does top-1 with weights divided by their sum leave the router without a gradient? Set
 #    `mk.TopK(k=1, normalise=True)` and look at the gradient of `moe.router.w_de`.
 # 2. Remove `noisy_switch.causal = True`. Read the error: what would leak, and where?
-# 3. In the capacity figure, which router drops least at factor 1.0, and what does it pay for that
-#    in a decoder?
+# 3. In the capacity figure, which router drops least at factor 1.0, and why can it not be used in
+#    a decoder?

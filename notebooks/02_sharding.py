@@ -10,9 +10,9 @@
 # %% [markdown]
 # # 02 Sharding
 #
-# **What you will see**: a model spread over eight devices; which of them holds which part of which
-# parameter; what travels through an MoE layer, on three meshes; the same numbers on all of them;
-# the compiled program read line by line; what recomputing costs. **Time**: about two minutes.
+# **What you will see**: a model sharded over eight devices; which device holds which part of a
+# parameter; what an MoE layer communicates on three meshes; the same numbers on all of them; the
+# compiled program line by line; the cost of rematerialization. **Time**: about two minutes.
 
 # %%
 # Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
@@ -50,9 +50,9 @@ if not FULL:
 
 # %% [markdown]
 # ## Eight devices
-# `make_mesh` turns one CPU into as many virtual devices as it is asked for, if it is called before
-# anything else uses jax. They share two cores, so nothing gets faster. But the programs are real:
-# every device runs its own part, and what the parts exchange is what chips would exchange.
+# `make_mesh` splits one CPU into virtual devices if it is called before anything else uses jax.
+# They share two cores, so nothing gets faster. But the programs are real: every device runs its own
+# part, and the parts communicate what chips would communicate.
 
 # %%
 mesh = mk.make_mesh(data=2, expert=2, model=2)
@@ -62,14 +62,14 @@ for name, size in mesh.shape.items():
 print("device numbers [data, expert, model]:", np.vectorize(lambda d: d.id)(mesh.devices).tolist())
 
 # %% [markdown]
-# ## Who holds what
+# ## Parameter placement
 # Parameters carry names for their dimensions ("expert", "embed", "mlp", ..), and one small table,
-# `moekit.sharding.Sharding`, says which mesh axes split which name. Each parameter is *born*
-# sharded: no device, and no host, ever holds the whole model. The numbers in the picture are
-# devices. An expert's matrix is cut along experts (axis expert), along its features (what is left:
-# data) and along its hidden features (model). A dense matrix has no experts, so its features are
-# split over data *and* expert: what every device uses, no device keeps whole. Norms are tiny and
-# lie everywhere.
+# `moekit.sharding.Sharding`, maps these names to mesh axes. Each parameter is created sharded: no
+# device and no host ever holds the whole model. The numbers in the picture are devices. An expert's
+# matrix is sharded along experts (axis expert), along its features (the remaining axis: data) and
+# along its hidden features (model). A dense matrix has no experts, so its features are sharded over
+# data *and* expert: every device uses the dense matrices, but none stores a whole one. Norms are
+# small and replicated.
 
 
 # %%
@@ -80,19 +80,19 @@ def three_of(model):
 
 
 model = mk.EncoderDecoder(mk.preset(f"st-{SIZE}"), seed=0, mesh=mesh)
-mk.show(mk.plot_sharding(three_of(model)), "02-who-holds-what")
+mk.show(mk.plot_sharding(three_of(model)), "02-placement")
 
 # %% [markdown]
-# The same three parameters where all devices lie on the expert axis: one expert each. The first
-# dimension of every parameter counts the scanned layers; it is never split.
+# The same three parameters with all devices on the expert axis: one expert each. The first
+# dimension of every parameter counts the scanned layers; it is never sharded.
 
 # %%
 model = mk.EncoderDecoder(mk.preset(f"st-{SIZE}"), seed=0, mesh=mk.make_mesh(expert=8))
 mk.show(mk.plot_sharding(three_of(model)), "02-eight-experts")
 
 # %% [markdown]
-# How much is that? Beside it what a device would hold if everything were replicated, and if only
-# the experts were spread out (plain expert parallelism), as many early MoE systems did.
+# The memory that this takes, beside that of full replication and that of plain expert parallelism,
+# which shards only the experts, as many early MoE systems did.
 
 # %%
 held = {"here": 0.0, "replicated": 0.0, "only experts split": 0.0}
@@ -108,7 +108,7 @@ title = f"{model.cfg.name} on eight devices, float32 parameters"
 mk.show(mk.plot_bars(kinds, "MiB on each device", title), "02-bytes")
 
 # %% [markdown]
-# ## What travels
+# ## Communication
 # Now one MoE layer alone: 16 rows of 128 tokens, top-2 of 8 experts, forward and backward, compiled
 # for three meshes with both kinds of dispatch. `program_cost` reads the compiled program and counts
 # every collective with the mesh axes along which its devices differ. The groups of 128 tokens that
@@ -156,20 +156,20 @@ for (dispatch, name), collectives in traffic.items():
         print(f"  {found.count:2} {op:15} over {axis:12} {found.nbytes / 1e3:8.2f} kB")
 
 # %% [markdown]
-# **Capacity**: four all-to-alls whatever the mesh. Slots travel to their experts, results travel
-# back, and the backward pass does both again for the gradients. Each carries
+# **Capacity**: four all-to-alls on every mesh. Slots are dispatched to their experts, results are
+# returned, and the backward pass does both again for the gradients. Each sends
 # `slots x features x bytes x (n - 1) / n`: on 1x8 a device has two groups of 8 experts x 40 slots,
-# so 640 x 64 x 4 x 7/8 = 143 kB, four times. On the first two meshes nothing else touches tokens.
-# What else travels are weights: where there is a data axis, each expert's matrices are split over
-# it as well, gathered just before use, and their gradients come home by reduce-scatter.
+# so 640 x 64 x 4 x 7/8 = 143 kB, four times. On the first two meshes no other collective moves
+# tokens. The others move weights: with a data axis, each expert's matrices are sharded over it as
+# well, all-gathered just before use, and their gradients are reduce-scattered.
 #
-# **Dropless**: how many tokens go where is not known in advance, so here all tokens along the
-# expert axis are gathered, each device computes what is for its experts, and a reduce-scatter adds
-# up. On an axis of two devices that is less than the slots, on one of eight three times as much.
-# (TPUs and GPUs have a ragged all-to-all, and use it.)
+# **Dropless**: the number of tokens per expert is not known in advance, so here all tokens along
+# the expert axis are all-gathered, each device computes those of its experts, and a reduce-scatter
+# sums the results. On an axis of two devices this moves fewer bytes than the slots, on one of eight
+# three times as many. (TPUs and GPUs use a ragged all-to-all instead.)
 #
-# **The model axis** splits each expert's hidden features: its two sums, one forward and one
-# backward, are of whole activations. That is why it is the last axis to reach for.
+# **The model axis** shards each expert's hidden features: its two all-reduces, one forward and one
+# backward, move whole activations. That is why it is the last axis to use.
 
 # %%
 axes = ("expert", "data", "model", "data+expert")
@@ -184,7 +184,7 @@ mk.show(fig, "02-traffic")
 # %% [markdown]
 # ## The same numbers everywhere
 # Loss, number of dropped choices, and the largest difference of any gradient from that of one
-# device. What is left is the rounding of sums taken in another order.
+# device. The remaining difference is rounding: sums are taken in another order.
 
 # %%
 for (dispatch, name), (_, ((loss, drops), grads)) in programs.items():
@@ -195,9 +195,9 @@ for (dispatch, name), (_, ((loss, drops), grads)) in programs.items():
 
 # %% [markdown]
 # ## The compiled program, line by line
-# What XLA made of the layer with capacity on 1x8 is a text of thousands of lines. This is one
-# device's program: all shapes are those of one device. Only a few lines matter here. Each ends with
-# the place in our source that it comes from: `jvp()` is the forward pass, `transpose(jvp())` the
+# XLA compiles the layer with capacity on 1x8 to a text of thousands of lines. It is the program of
+# one device: all shapes are those of one device. Only a few lines matter here. Each ends with the
+# place in our source that it comes from: `jvp()` is the forward pass, `transpose(jvp())` the
 # backward pass.
 
 # %%
@@ -218,42 +218,42 @@ excerpt("all-to-all")
 # %% [markdown]
 # Four exchanges. The CPU writes an all-to-all as a tuple with one entry for each of eight devices:
 # each entry `f32[80,64]` is 80 slots (two groups of 40) of 64 features, sent to one device. A TPU
-# writes one array of 640 rows instead. Two come from `jvp()`, two from `transpose(jvp())`: nobody
-# wrote the backward ones, autodiff knows that an all-to-all is the transpose of an all-to-all.
+# writes one array of 640 rows instead. Two come from `jvp()`, two from `transpose(jvp())`: autodiff
+# adds the backward ones, because the transpose of an all-to-all is an all-to-all.
 
 # %%
 excerpt("all-gather")
 excerpt("reduce-scatter")
 
 # %% [markdown]
-# The router's matrix is dense, so its 64 x 8 weights are spread over the devices, 8 rows each.
-# The all-gather makes them whole before the logits are computed; the reduce-scatter, its
-# transpose, adds up the gradients of all devices and leaves each with its 8 rows.
+# The router's matrix is dense, so its 64 x 8 weights are sharded over the devices, 8 rows each.
+# They are all-gathered before the logits are computed; the reduce-scatter, its transpose, sums the
+# gradients of all devices and leaves each device its 8 rows.
 
 # %%
 excerpt("all-reduce")
 
 # %% [markdown]
 # A group like `{0},{1},..` holds one device only: such a line sums over an axis of size one, moves
-# nothing, and `program_cost` counts nothing. What is real is the sum of the layer's statistics, a
-# few numbers, for the balance loss and the report.
+# nothing, and is not counted by `program_cost`. The other all-reduce sums the layer's statistics, a
+# few numbers, for the balance loss and the log.
 
 # %%
 excerpt("dot")
 
 # %% [markdown]
-# The work itself. `[640,256]` are an expert's 640 slots (80 from each of eight devices) times its
-# hidden features. Two products up (the gate and the input of the gated GELU), one down; the
-# backward pass has two for each of these, one for the gradient of the weights and one for that of
-# the slots. The other three are the router's: the logits `[256,8]` of this device's tokens and
-# their two gradients, in the highest precision.
+# The matmuls. `[640,256]` are an expert's 640 slots (80 from each of eight devices) times its
+# hidden features. There are two up projections (the gate and the input of the gated GELU) and one
+# down projection; the backward pass has two matmuls for each of these, one for the gradient of the
+# weights and one for that of the slots. The other three are the router's: the logits `[256,8]` of
+# this device's tokens and their two gradients, in the highest precision.
 
 # %% [markdown]
-# ## What recomputing costs
-# `remat="full"` keeps each layer's input only and computes the layer again in the backward pass.
-# That saves memory and costs FLOPs. In an MoE it also costs traffic: the recomputed layer sends its
-# tokens again. Here is the whole training step of two stacks of eight layers; every second one is
-# an MoE layer.
+# ## The cost of rematerialization
+# `remat="full"` stores only each layer's input and recomputes the layer in the backward pass. That
+# saves memory and costs FLOPs. In an MoE it also costs communication: the recomputed layer
+# dispatches its tokens again. Here is the whole training step of two stacks of eight layers; every
+# second one is an MoE layer.
 
 # %%
 cfg = mk.preset(f"st-{SIZE}").replace(encoder_layers=8, decoder_layers=8)
@@ -274,15 +274,15 @@ for remat in ("none", "full"):
     )
 
 # %% [markdown]
-# Without recomputing, each of the eight MoE layers has its four all-to-alls. With it there are six:
-# the way there and the way back run once more. The way back too, because the gradient of a combine
-# weight is a product with what the expert returned. `remat="dots"` lies between: it keeps the
-# products with weights.
+# Without rematerialization each of the eight MoE layers has four all-to-alls. With it there are
+# six: dispatch and return run once more. The return is needed too, because the gradient of a
+# combine weight is a product with the expert's output. `remat="dots"` is in between: it stores the
+# results of matmuls with weights.
 
 # %% [markdown]
 # ## Exercises
-# 1. How many bytes would the four all-to-alls of 1x8 carry with `mk.Switch()`, and with
+# 1. How many bytes would the four all-to-alls of 1x8 send with `mk.Switch()`, and with
 #    `capacity_factor=2.0`? Compute first, then compare with `program_cost`.
 # 2. Set `group_size=256` on the one device only. Which of the compared numbers changes, and why
 #    can no mesh of eight devices and 16 rows be compared with groups of 512 tokens?
-# 3. A batch of 8 times as many tokens: which bars of the traffic figure grow, which stay?
+# 3. A batch of 8 times as many tokens: which bars of the communication figure grow?

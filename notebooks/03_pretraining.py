@@ -11,8 +11,8 @@
 # # 03 Pretraining by span corruption
 #
 # **What you will see**: how text becomes inputs and targets; a dense and a sparse model of equal
-# FLOPs per token learn from the same batches; what they have learned. **Time**: about two minutes.
-# The later notebooks take up the models that this one trains.
+# FLOPs per token trained on the same batches; what they generate. **Time**: about two minutes. The
+# later notebooks start from the models that this one trains.
 
 # %%
 # Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
@@ -54,7 +54,7 @@ setup = mk.StudySetup(BIG if FULL else SMALL)
 # %% [markdown]
 # ## The text
 # Documentation that comes with Python and the installed packages: real English, no download. The
-# package is the domain label. Every object (a topic, a function, a class) lies in one split.
+# package is the domain label. Every object (a topic, a function, a class) is in exactly one split.
 
 # %%
 characters = {}
@@ -80,9 +80,9 @@ print("input:  ", setup.tokenizer.decode(inputs))
 print("target: ", setup.tokenizer.decode(targets))
 
 # %% [markdown]
-# ## Two models, one price
-# `st` has eight experts in a quarter of the width each, of which a token meets two, and ST-MoE's
-# extra dense FFN. It has more parameters; a token costs the same.
+# ## Two models of equal FLOPs
+# `st` has eight experts, each a quarter as wide as the dense layer; each token uses two of them and
+# ST-MoE's extra dense FFN. It has more parameters; the FLOPs per token are equal.
 
 # %%
 for family in ("t5", "st"):
@@ -95,8 +95,8 @@ for family in ("t5", "st"):
 
 # %% [markdown]
 # ## Training
-# The level to beat is the unigram entropy: the loss of the best model that knows how often each
-# token occurs in the targets and nothing else.
+# The dashed line is the unigram entropy: the loss of the best model that uses only the frequencies
+# of the target tokens.
 
 # %%
 runs = {family: setup.pretrain(family) for family in ("t5", "st")}

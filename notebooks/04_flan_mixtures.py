@@ -11,7 +11,7 @@
 # # 04 FLAN mixtures
 #
 # **What you will see**: clusters, templates and formats; what rates and caps do; how examples are
-# packed; what the model really reads. **Time**: under a minute.
+# packed; what the model reads. **Time**: under a minute.
 
 # %%
 # Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
@@ -43,8 +43,8 @@ tokenizer = mk.ByteTokenizer()
 
 # %% [markdown]
 # ## Clusters
-# Tasks of one kind form a cluster. Some clusters are held out whole: no task of theirs is ever
-# trained on, so a score there is about tasks of a new *kind*.
+# Tasks of one kind form a cluster. Some clusters are held out completely: none of their tasks is
+# trained on, so their scores are about tasks of a new *kind*.
 
 # %%
 print(mixture.describe())
@@ -59,8 +59,9 @@ mk.show(mk.plot_rates(mixture), "04-rates")
 
 # %% [markdown]
 # ## One example, many forms
-# Ten wordings a task; with or without options; lettered options whose letter is the answer; solved
-# exemplars before the question; a rationale before the answer; or the question asked backwards.
+# Each task has ten templates. A prompt is written with or without options, with lettered options
+# whose letter is the answer, with solved exemplars before the question, with a rationale before the
+# answer, or inverted: from the answer to the question.
 
 # %%
 tasks = {task.name: task for task in mk.flan_mixture("builtin").tasks}
@@ -81,8 +82,9 @@ for name, form in forms.items():
 # %% [markdown]
 # ## Rates and caps
 # A task's share of its sub-mixture is min(cap, examples) over the sum of these, so that a task of
-# ten million rows does not drown one of a thousand. The shares of the sub-mixtures and their caps
-# are FLAN 2022's (the public release for the shares; Chung et al. 2022, Table 23, for the caps).
+# ten million rows does not dominate one of a thousand. The rates of the sub-mixtures and their caps
+# are those of FLAN 2022 (the public release for the rates; Chung et al. 2022, Table 23, for the
+# caps).
 
 # %%
 for name, part in MIXTURES["flan2022"].items():
@@ -98,7 +100,8 @@ mk.show(mk.plot_bars(rates, "share of the mixture", title), "04-caps")
 
 # %% [markdown]
 # ## The stream
-# Order is a function of seed and position: the same on every machine, resumable anywhere.
+# The order is a function of seed and position: the same on every machine, and resumable at any
+# step.
 
 # %%
 prompts = mixture.sample(2000)
@@ -111,8 +114,9 @@ for prompt in prompts[:3]:
 
 # %% [markdown]
 # ## Packing
-# Several examples share a row so that little is padding. Attention never crosses their borders and
-# positions restart: the model cannot tell a packed example from a lonely one (a test says so).
+# Several examples share a row, so that there is little padding. Attention does not cross their
+# boundaries and positions restart: a packed example has the same outputs as an unpacked one (a test
+# checks it).
 
 # %%
 lengths = {"input_length": 512, "target_length": 96}
@@ -124,5 +128,5 @@ mk.show(mk.plot_packing(batch), "04-packing")
 # ## Exercises
 # 1. Build a mixture of two tasks at rates 3 to 1: `mk.flan_mixture({"addition": 3, "parity": 1})`.
 #    Check the draws.
-# 2. Ask for a held-out task in a mixture. What does the error say, and why is that the default?
+# 2. Put a held-out task into a mixture. What does the error say, and why is that the default?
 # 3. With half the input length, how much of the batch is padding, and which examples suffer?

@@ -11,7 +11,7 @@
 # # 05 Instruction tuning
 #
 # **What you will see**: the FLAN stage on the models of notebook 03, dense and sparse; loss, router
-# balance and held-out scores as they train; before against after, with intervals. **Time**: about
+# balance and held-out scores during training; before and after, with intervals. **Time**: about
 # four minutes.
 
 # %%
@@ -48,21 +48,21 @@ before = {family: setup.pretrain(family).model for family in ("t5", "st")}  # of
 
 # %% [markdown]
 # ## Questions of a new kind
-# The held-out clusters were never trained on. A model of this size has little room for knowledge;
-# what can carry over from the held-in tasks is to look for the answer in what it has just read.
-# Options are ranked by their likelihood and not shown (`options=False`), so that the text of the
-# question is all there is to read. State tracking asks for several steps of bookkeeping: expect
-# chance there.
+# The held-out clusters are never trained on. A model of this size stores little knowledge; what can
+# transfer from the held-in tasks is to find the answer in the text of the question. Options are
+# ranked by their likelihood and not shown (`options=False`), so that the question is all the model
+# reads. State tracking needs several steps of bookkeeping: expect chance there.
 
 # %%
-asked = {"limit": 200, "options": False}
 suite = mk.suite("builtin")
-scores = {name: mk.evaluate(model, suite, **asked) for name, model in before.items()}
+scores = {
+    name: mk.evaluate(model, suite, limit=200, options=False) for name, model in before.items()
+}
 for each in scores.values():
     mean = each.mean
     print(
         f"{each.name}: {mean.score:.1%} ({mean.low:.1%} to {mean.high:.1%}; chance "
-        f"{mean.chance:.1%}, always the commonest answer {mean.majority:.1%})"
+        f"{mean.chance:.1%}, the most common answer {mean.majority:.1%})"
     )
 
 # %% [markdown]
@@ -70,8 +70,8 @@ for each in scores.values():
 # Zero- and few-shot prompts, with and without options, some rationales. Mini models get dropout
 # 0.05 and expert dropout 0.2 as in the paper; a nano model underfits in its two minutes and gets
 # none, and mostly short prompts. These settings of nano were chosen by looking at held-out scores,
-# so its lift says that the stage works here, not how large it is elsewhere. A callback asks
-# held-out questions while training.
+# so its improvement shows that the stage works here, not how large it is elsewhere. A callback
+# evaluates held-out questions during training.
 
 # %%
 runs = {}
@@ -86,7 +86,7 @@ mk.show(mk.plot_learning_curves(curves, "valid_loss", label, "Instruction tuning
 chance = scores["t5"].mean.chance
 label = "mean held-out score (20 questions a task)"
 fig = mk.plot_learning_curves(
-    curves, "held_out_score", label, "Held-out tasks as tuning proceeds", [("chance", chance)]
+    curves, "held_out_score", label, "Held-out tasks during tuning", [("chance", chance)]
 )
 mk.show(fig, "05-held-out")
 
@@ -95,11 +95,13 @@ mk.show(runs["st"].metrics.plot("st: the FLAN stage"), "05-st-metrics")
 
 # %% [markdown]
 # ## Before and after
-# The same questions, so the difference is paired: its interval resamples questions, not models. One
-# seed: the interval says nothing about other seeds.
+# The questions are the same, so the difference is paired: its interval resamples questions, not
+# models. This is one seed; the interval does not cover other seeds.
 
 # %%
-tuned = {name: mk.evaluate(run.model, suite, **asked) for name, run in runs.items()}
+tuned = {
+    name: mk.evaluate(run.model, suite, limit=200, options=False) for name, run in runs.items()
+}
 for name in tuned:
     mean, change = tuned[name].mean, mk.compare(scores[name], tuned[name])
     print(f"{tuned[name].name}: {mean.score:.1%} ({mean.low:.1%} to {mean.high:.1%})")
@@ -117,7 +119,7 @@ mk.show(tuned["st"].plot(), "05-st-tasks")
 # %% [markdown]
 # ## Exercises
 # 1. Show the options (`options=True`). Which tasks gain, which lose? What would the model have to
-#    do to profit from them?
+#    do to benefit from them?
 # 2. Tune with the router frozen: `mk.instruction_tune(model, setup.mixture,
 #    setup.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), 800))`. The paper finds
 #    that freezing the gate hardly matters.

@@ -11,8 +11,8 @@
 # # 07 Router balance
 #
 # **What you will see**: the same small MoE trained with and without its balance loss, with router
-# z-loss, and with bias-based balancing; load, entropy, violation and drops side by side; what
-# capacity costs. **Time**: about three minutes.
+# z-loss, and with bias-based balancing; load, entropy, violation and dropped tokens side by side;
+# the effect of capacity. **Time**: about three minutes.
 
 # %%
 # Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
@@ -45,8 +45,8 @@ setup = mk.StudySetup(BIG if FULL else SMALL)
 
 # %% [markdown]
 # ## Four ways to train one model
-# All are `switch` with eight experts, the same seed and batches. They differ in
-# what keeps the load even: nothing, the balance loss of Fedus et al. (2021), that and ST-MoE's
+# All are `switch` with eight experts, the same seed and the same batches. They differ in what keeps
+# the load even: nothing, the balance loss of Fedus et al. (2021), that and ST-MoE's
 # router z-loss, or a bias that is updated after every step without a gradient (Wang et al. 2024).
 
 # %%
@@ -75,9 +75,9 @@ mk.show(mk.plot_learning_curves(curves, "encoder_dropped", label, title), "07-dr
 # %% [markdown]
 # ## After training
 # The routing of held-out text. `confidence` is the mean combine weight, `router entropy` how
-# undecided the router is about a token; load entropy is about all tokens together. A router can be
-# sure of every token and balanced over all of them. These texts have no target, so only the encoder
-# is traced.
+# undecided the router is about a token; load entropy is that of all tokens together. A router can
+# be certain about every token and balanced over all of them. These texts have no target, so only
+# the encoder is traced.
 
 # %%
 traces = {name: setup.trace(run.model) for name, run in runs.items()}
@@ -91,7 +91,7 @@ mk.show(mk.plot_expert_load(traces["nothing"]), "07-load-nothing")
 mk.show(mk.plot_expert_load(traces["balance loss"]), "07-load-balance-loss")
 
 # %% [markdown]
-# ## What does balance cost?
+# ## The effect of balancing on the loss
 # Does weaker balancing improve the loss? At this length of training the differences are small and
 # one seed cannot rank them; the ablations of the paper go both ways (FLAN-EC-base gains from the
 # balance loss, FLAN-ST-base loses).
@@ -104,7 +104,7 @@ for name, run in runs.items():
 # %% [markdown]
 # ## Capacity at evaluation
 # The same trained model, evaluated with other capacity factors: the router's choices are similar,
-# the drops are not.
+# the number of dropped tokens is not.
 
 # %%
 prompts = mk.text_prompts(setup.corpus, 16, characters=300)
@@ -126,7 +126,7 @@ mk.show(fig, "07-capacity")
 # %% [markdown]
 # ## Exercises
 # 1. Multiply the balance coefficient by 100. What happens to confidence, and to the loss?
-# 2. Count drops with `mk.GShard()` at the same factor in both capacity conventions
+# 2. Count dropped tokens with `mk.GShard()` at the same factor in both capacity conventions
 #    (`capacity_counts_k`).
 # 3. Which of the measures in the table would still look fine if two layers collapsed onto
 #    *different* experts and you pooled them? That is why every number here is per layer.

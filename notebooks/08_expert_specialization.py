@@ -10,9 +10,9 @@
 # %% [markdown]
 # # 08 Expert specialization
 #
-# **What you will see**: which domains, tasks and tokens an expert serves, against chance; which
-# experts work together; how early routing settles; what instruction tuning changes. **Time**: about
-# a minute after notebooks 03 and 05, whose models it takes up.
+# **What you will see**: which domains, tasks and tokens an expert processes, compared with chance;
+# which experts are chosen together; how early routing settles; what instruction tuning changes.
+# **Time**: about a minute after notebooks 03 and 05, whose models it uses.
 
 # %%
 # Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
@@ -50,10 +50,10 @@ tuned = setup.tune(pretrained.model)
 
 # %% [markdown]
 # ## Domains
-# Held-out documentation of each package, as many pieces of each. A bar is the share of a domain's
-# tokens that chose an expert; chance is k / E. The p-value shuffles the labels of whole pieces: a
-# small sample always *looks* specialised, the null says how much of that is luck. And beware:
-# packages differ in words and layout as well as in topic.
+# Held-out documentation, the same number of pieces of each package. A bar is the share of a
+# domain's tokens that chose an expert; chance is k / E. The p-value comes from shuffling the labels
+# of whole pieces: a small sample always *looks* specialised, and the null distribution shows how
+# much of that is chance. Packages differ in words and layout as well as in topic.
 
 # %%
 before, after = setup.trace(pretrained.model), setup.trace(tuned.model)
@@ -93,7 +93,7 @@ mk.show(mk.plot_task_specialization(of_tasks, by="cluster"), "08-tasks")
 mk.show(mk.plot_task_specialization(of_tasks, "decoder", by="cluster"), "08-tasks-decoder")
 
 # %% [markdown]
-# ## Which experts work together?
+# ## Which experts are chosen together?
 # Of the tokens that chose the expert of a row, the share that also chose the column's. All pairs of
 # choices count, whatever their rank.
 
@@ -131,7 +131,7 @@ mk.show(mk.plot_domain_specialization(after), "08-domains-tuned")
 # ## Exercises
 # 1. Shuffle the domains of `before` (`dataclasses.replace(before, domains=...)`) and draw the first
 #    figure again. What remains of the specialization?
-# 2. The balance loss works against specialization. Train with `setup.pretrain("st", name="free",
+# 2. The balance loss counteracts specialization. Train with `setup.pretrain("st", name="free",
 #    balance_loss=0.0)` and compare p-values and distances.
 # 3. Expert Choice (`setup.pretrain("ec")`) lets a token have any number of experts. Which tokens
 #    get many?

@@ -12,7 +12,7 @@
 #
 # **What you will see**: training steps compiled for TPU slices that are not here; how to read what
 # the compiler says of memory, time and traffic; other meshes compared; the 32B model of the paper
-# on several slices, what its step waits for and what it costs; how a pod is launched. **Time**:
+# on several slices, the bottleneck of its step and its cost; how a pod is launched. **Time**:
 # about three minutes, a few seconds without the TPU compiler.
 
 # %%
@@ -55,18 +55,18 @@ if not LIVE:
 # `mk.plan` compiles the *real* training step (forward, backward, optimizer) ahead of time for a
 # named slice, with the compiler that would compile it there, and reads the program that comes out.
 #
-# - Memory and the collectives are what would run.
-# - Times are **estimates**, never measurements: products by the compiler's own cycles, all else by
-#   its bytes of memory, collectives by the links that their devices span. The low bound of a step
-#   lets links work beside everything else, the high one beside nothing.
+# - Memory and collectives are those of the program that would run.
+# - Times are **estimates**, not measurements: matmuls by the compiler's own cycles, other work by
+#   its memory traffic, collectives by the links that their devices span. The low estimate of a step
+#   assumes that communication fully overlaps with computation, the high one that nothing overlaps.
 #
 # The small setting plans the nano model, whose plans compile fast; it is far too small for a TPU,
-# and the plan says so.
+# which its MFU shows.
 
 
 # %%
 def planned(record, model, **options):
-    """Compiled here if that is possible and quick or asked for, else as recorded."""
+    """Compiled here if that is possible and quick or requested, else as recorded."""
     if LIVE and (FULL or model == "st-nano"):
         return mk.plan(model, "v5e:2x4", batch=64, **options)
     return mk.Plan.load(PLANS / f"{record}.json")
@@ -88,18 +88,18 @@ mk.show(base.plot(), "11-base")
 
 # %% [markdown]
 # ## Reading it
-# - **Memory a chip**: *arguments* are the chip's part of parameters and optimizer state,
-#   *temporaries* activations and gathered weights where they peak, *program* the code. Their sum
-#   must stay below the chip's memory (the dashed line). Gaps between buffers come on top; a step
-#   that is too large with them the compiler refuses.
-# - **Time**: the stack is what the step would take if nothing overlapped; the dotted lines are the
-#   two bounds. *products* are matrix products, *memory* is what is bound by reading and writing,
-#   *links* is what travels between chips.
-# - **MFU** is the model's FLOPs over the peak of the chips for that time. FLOPs that are computed
-#   again (remat), padded slots and attention scores cost time and do not count.
-# - **Collectives**: over `expert`, all-to-alls carry tokens; all-gathers bring weights together
-#   just before use, reduce-scatters bring their gradients home. Notebook 02 shows them.
-# - **Verdict**: whether it fits, what most of the time goes to, what to change.
+# - **Memory per chip**: *arguments* are the chip's shard of parameters and optimizer state,
+#   *temporaries* activations and gathered weights at their peak, *program* the code. Their sum must
+#   stay below the chip's memory (the dashed line). Gaps between buffers come on top; the compiler
+#   refuses a step that does not fit with them.
+# - **Time**: the stack is the time of a step in which nothing overlaps; the dotted lines are the
+#   two bounds. *matmuls* are matrix products, *memory* is work that is bound by memory traffic,
+#   *interconnect* is communication between chips.
+# - **MFU** is the model's FLOPs over the peak of the chips for that time. Rematerialized FLOPs,
+#   padded slots and attention scores take time and do not count.
+# - **Collectives**: over `expert`, all-to-alls dispatch tokens; weights are all-gathered just
+#   before use, and their gradients are reduce-scattered. Notebook 02 shows them.
+# - **Verdict**: whether it fits, the bottleneck, what to change.
 
 # %%
 for plan in (nano, base):
@@ -110,8 +110,8 @@ for plan in (nano, base):
 
 # %% [markdown]
 # ## Other meshes, other remat
-# The same step with half the expert parallelism, and without recomputing. `moekit plan --sweep`
-# tries more of them and ranks them; here are three by hand, on eight chips.
+# The same step with half the expert parallelism, and without rematerialization. `moekit plan
+# --sweep` tries more of them and ranks them; here are three, on eight chips.
 
 # %%
 fewer = planned("st-nano-v5e-2x4-expert4", "st-nano", mesh={"expert": 4})
@@ -121,7 +121,7 @@ plans = {
     "expert 4, data 2\nremat full": fewer,
     "expert 8\nremat none": kept,
 }
-bounds = {"links beside all else": 0, "links in turn": 1}
+bounds = {"full overlap": 0, "no overlap": 1}
 times = {b: {n: 1e3 * p.step_seconds[i] for n, p in plans.items()} for b, i in bounds.items()}
 title = f"{nano.preset} on {nano.topology}: step time (an estimate)"
 mk.show(mk.plot_bars(times, "ms a step (estimate)", title), "11-meshes")
@@ -133,9 +133,9 @@ title = f"{nano.preset} on {nano.topology}: memory"
 mk.show(mk.plot_bars(memory, "GiB a chip", title), "11-meshes-memory")
 
 # %% [markdown]
-# Less expert parallelism sends fewer bytes of tokens. Recomputing costs time twice, in products and
-# on links, and saves nothing here: nano's stacks have two layers. It is for depth (see the end of
-# notebook 02), and memory is not what a nano model lacks.
+# Less expert parallelism sends fewer bytes of tokens. Rematerialization costs matmuls and
+# communication, and saves nothing here: nano's stacks have two layers. It pays off in deep models
+# (see the end of notebook 02).
 
 # %% [markdown]
 # ## The 32B model
@@ -162,7 +162,7 @@ memory = {
 mk.show(mk.plot_bars(memory, "GiB a chip", "32B: memory of a chip"), "11-32b-memory")
 
 # %% [markdown]
-# What the step waits for. A plan that does not fit has no time: the compiler stops there.
+# The step time. A plan that does not fit has none: the compiler stops where memory runs out.
 
 # %%
 timed = {name: p for name, p in big.items() if p.step_seconds}
@@ -173,7 +173,7 @@ mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-step")
 # %%
 parts = ("matmuls", "memory", "interconnect")
 split = {part: {n: p.split_seconds[part] for n, p in timed.items()} for part in parts}
-title = "32B: what the time goes to (an estimate)"
+title = "32B: step time by kind (an estimate)"
 mk.show(mk.plot_bars(split, "seconds a step (estimate)", title), "11-32b-split")
 
 # %%
@@ -181,13 +181,12 @@ fastest = min(timed.values(), key=lambda p: p.step_seconds[1])
 mk.show(fastest.plot(), "11-32b-plan")
 
 # %% [markdown]
-# Look at what travels: all-gathers and reduce-scatters of *weights* carry by far the most, over the
-# expert axis, because dense parameters are fully sharded. The all-to-alls of tokens, the price of
-# being sparse, carry a small part of that. At this scale the sharding of dense weights is what
-# needs care.
+# All-gathers and reduce-scatters of *weights* send by far the most bytes, over the expert axis,
+# because dense parameters are fully sharded. The all-to-alls of tokens, the cost of sparsity, are a
+# small part of that. At this scale the sharding of dense weights matters most.
 
 # %% [markdown]
-# ## Which mesh, and what to compute again
+# ## Which mesh and which remat policy
 # The meshes and remat policies that a sweep tries on one of these slices, ranked; also recorded:
 # `moekit plan st-32b --topology v5p:4x8x8 --batch 256 --input-length 2048 --target-length 512
 # --sweep --json`.
@@ -204,14 +203,14 @@ title = "32B on v5p:4x8x8: step time by expert x model axis and remat (an estima
 mk.show(mk.plot_bars(times, "seconds a step (estimate)", title), "11-32b-sweep")
 
 # %% [markdown]
-# Keeping what the large products made (remat `dots`) is the first thing to buy with memory that is
-# left over. A model axis buys nothing here: the step fits without it, and what travels over it
-# comes on top of gathers over the expert axis that send as much as before (`p.collectives`).
+# If memory is left, storing the results of the large matmuls (remat `dots`) is the best use of it.
+# A model axis does not help here: the step fits without it, and its communication comes on top of
+# the gathers over the expert axis, which send as many bytes as before (`p.collectives`).
 
 # %% [markdown]
 # ## What a step costs
 # Chips times seconds. Set the tokens of a run; positions count, padding included. Chip-hours are
-# estimates between the two bounds of the step. No price stands here: put in what you pay.
+# estimates between the two bounds of the step. Enter the price that you pay.
 
 # %%
 TOKENS = 100e9  # of the run
@@ -261,7 +260,7 @@ gcloud compute tpus tpu-vm ssh pod --zone ZONE --worker=all --command="
 # 1. Which slice would you rent for the 32B model if you pay for chip-hours, which if you wait for
 #    the result? Does the answer change between the two bounds?
 # 2. With libtpu: `mk.plan("st-nano", "v5e:2x4", mesh={"expert": 8}, batch=1024)`. How do MFU and
-#    memory change, and what does the step wait for now?
+#    memory change, and what is the bottleneck now?
 # 3. `moekit plan st-32b --topology v5p --sweep` looks for the smallest v5p slice that holds the
 #    model. Could it be smaller than the ones above? Guess first: 269 B parameters in float32,
 #    gradients, and one layer's activations.
