@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy import ndarray
 
 from moekit.analysis.trace import RouterTrace
 
 
-def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y E"]:
+def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y E"]:
     """Share of all choices that select each expert; 1 / E when balanced."""
     expert = trace.stack(stack).expert
     counts = np.zeros((len(expert), trace.num_experts))
@@ -23,34 +24,34 @@ def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray,
     return counts / np.maximum(total, 1)
 
 
-def load_entropy(load: Float[np.ndarray, "Y E"]) -> Float[np.ndarray, "Y"]:
+def load_entropy(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """Entropy of the load in nats; log E when balanced, 0 when one expert has all."""
     logs = np.log(np.where(load > 0, load, 1))
     return -(load * logs).sum(-1)
 
 
-def effective_experts(load: Float[np.ndarray, "Y E"]) -> Float[np.ndarray, "Y"]:
+def effective_experts(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """exp of the load entropy: E when balanced, 1 when one expert has all."""
     return np.exp(load_entropy(load))
 
 
-def coefficient_of_variation(load: Float[np.ndarray, "Y E"]) -> Float[np.ndarray, "Y"]:
+def coefficient_of_variation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """Standard deviation of the load over its mean; 0 when balanced."""
     return load.std(-1) / load.mean(-1)
 
 
-def max_violation(load: Float[np.ndarray, "Y E"]) -> Float[np.ndarray, "Y"]:
+def max_violation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """(largest - mean) / mean load (Wang 2024); 0 when balanced, E - 1 when one expert has all."""
     return load.max(-1) / load.mean(-1) - 1
 
 
-def dropped_tokens(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y"]:
+def dropped_tokens(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Share of tokens that no expert processed."""
     processed = trace.stack(stack).kept.any(-1)
     return 1 - processed.mean(-1)
 
 
-def dropped_assignments(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y"]:
+def dropped_assignments(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Share of choices that found no free slot."""
     routing = trace.stack(stack)
     choices = (routing.expert >= 0).sum((1, 2))
@@ -58,12 +59,12 @@ def dropped_assignments(trace: RouterTrace, stack: str = "encoder") -> Float[np.
     return 1 - kept / np.maximum(choices, 1)
 
 
-def router_entropy(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y"]:
+def router_entropy(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Mean entropy of the router's probabilities in nats; log E without any preference."""
     return trace.stack(stack).entropy.mean(-1)
 
 
-def router_confidence(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y"]:
+def router_confidence(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Mean of the largest combine weight of each token that an expert processed."""
     routing = trace.stack(stack)
     largest = routing.weight.max(-1)

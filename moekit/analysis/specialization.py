@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 
 from moekit.analysis.trace import RouterTrace, StackTrace
 
@@ -29,11 +30,11 @@ class Specialization:
     """
 
     labels: tuple[str, ...]
-    share: Float[np.ndarray, "Y E P"]
-    low: Float[np.ndarray, "Y E P"]
-    high: Float[np.ndarray, "Y E P"]
-    chance: Float[np.ndarray, "Y"]
-    p_value: Float[np.ndarray, "Y"]
+    share: Float[ndarray, "Y E P"]
+    low: Float[ndarray, "Y E P"]
+    high: Float[ndarray, "Y E P"]
+    chance: Float[ndarray, "Y"]
+    p_value: Float[ndarray, "Y"]
 
 
 def specialization(
@@ -95,8 +96,8 @@ def task_specialization(
 
 
 def _count_choices(
-    routing: StackTrace, owner: Int[np.ndarray, "N"], num_owners: int, num_experts: int
-) -> Float[np.ndarray, "Y E owners"]:
+    routing: StackTrace, owner: Int[ndarray, "N"], num_owners: int, num_experts: int
+) -> Float[ndarray, "Y E owners"]:
     """Choices of each expert by the tokens of each owner, such as an example or a vocabulary id."""
     counts = np.zeros((len(routing.expert), num_experts, num_owners))
     for layer, choices in enumerate(routing.expert):
@@ -109,7 +110,7 @@ def _count_choices(
 
 def _choices_by_example(
     trace: RouterTrace, stack: str
-) -> tuple[Float[np.ndarray, "Y X E"], Float[np.ndarray, "X"]]:
+) -> tuple[Float[ndarray, "Y X E"], Float[ndarray, "X"]]:
     """Choices of each expert by each example, and the number of tokens of each example."""
     routing = trace.stack(stack)
     num_examples = len(trace.tasks)
@@ -119,18 +120,18 @@ def _choices_by_example(
 
 
 def _shares(
-    counts: Float[np.ndarray, "Y X E"],
-    tokens: Float[np.ndarray, "X"],
-    membership: Float[np.ndarray, "P X"],
-) -> Float[np.ndarray, "Y E P"]:
+    counts: Float[ndarray, "Y X E"],
+    tokens: Float[ndarray, "X"],
+    membership: Float[ndarray, "P X"],
+) -> Float[ndarray, "Y E P"]:
     """N(e, p) / N(p), where each example counts for a label by its membership."""
     tokens_of_label = np.maximum(membership @ tokens, 1)
     return np.einsum("yxe,px->yep", counts, membership) / tokens_of_label
 
 
 def _resampled_counts(
-    membership: Float[np.ndarray, "P X"], generator: np.random.Generator
-) -> Float[np.ndarray, "P X"]:
+    membership: Float[ndarray, "P X"], generator: np.random.Generator
+) -> Float[ndarray, "P X"]:
     """How often each example is drawn when every label's examples are drawn with replacement."""
     times = np.zeros_like(membership)
     for label, is_member in enumerate(membership):
@@ -141,8 +142,8 @@ def _resampled_counts(
 
 
 def _deviation(
-    share: Float[np.ndarray, "Y E P"], overall: Float[np.ndarray, "Y E"]
-) -> Float[np.ndarray, "Y"]:
+    share: Float[ndarray, "Y E P"], overall: Float[ndarray, "Y E"]
+) -> Float[ndarray, "Y"]:
     """Largest deviation of a label's use of an expert from the layer's load."""
     return np.abs(share - overall[:, :, None]).max((1, 2))
 
@@ -157,10 +158,10 @@ class TokenSpecialization:
       chance: k / E, with k the mean number of choices of a token.
     """
 
-    tokens: Int[np.ndarray, "X"]
-    count: Int[np.ndarray, "X"]
-    share: Float[np.ndarray, "Y E X"]
-    chance: Float[np.ndarray, "Y"]
+    tokens: Int[ndarray, "X"]
+    count: Int[ndarray, "X"]
+    share: Float[ndarray, "Y E X"]
+    chance: Float[ndarray, "Y"]
 
     def top(self, layer: int, expert: int, n: int = 8) -> list[tuple[int, float]]:
         """The tokens (id, share) that chose the expert most often, more frequent ones first among
@@ -196,7 +197,7 @@ def token_specialization(
     )
 
 
-def label_distance(result: Specialization) -> Float[np.ndarray, "Y P P"]:
+def label_distance(result: Specialization) -> Float[ndarray, "Y P P"]:
     """Jensen-Shannon distance between the labels' loads: 0 equal, 1 disjoint (base 2)."""
     total = result.share.sum(1, keepdims=True)
     load = result.share / np.maximum(total, 1e-12)
@@ -207,22 +208,22 @@ def label_distance(result: Specialization) -> Float[np.ndarray, "Y P P"]:
 
 
 def _divergence(
-    load: Float[np.ndarray, "Y E ..."], middle: Float[np.ndarray, "Y E ..."]
-) -> Float[np.ndarray, "Y ..."]:
+    load: Float[ndarray, "Y E ..."], middle: Float[ndarray, "Y E ..."]
+) -> Float[ndarray, "Y ..."]:
     """Kullback-Leibler divergence of the load from the middle, in bits."""
     nonzero_middle = np.where(middle > 0, middle, 1)
     ratio = np.where(load > 0, load / nonzero_middle, 1)
     return (load * np.log2(ratio)).sum(1)
 
 
-def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray, "Y E E"]:
+def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y E E"]:
     """N(i, j) / N(i): the share of expert i's tokens that also chose expert j.
 
     All pairs of choices count, whatever their rank. The diagonal is 0.
     """
     expert = trace.stack(stack).expert
     layers, tokens, num_choices = expert.shape
-    chosen: Bool[np.ndarray, "Y N E"] = np.zeros((layers, tokens, trace.num_experts), bool)
+    chosen: Bool[ndarray, "Y N E"] = np.zeros((layers, tokens, trace.num_experts), bool)
     for choice in range(num_choices):
         layer, token = np.nonzero(expert[:, :, choice] >= 0)
         chosen[layer, token, expert[layer, token, choice]] = True
@@ -235,7 +236,7 @@ def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[np.ndarray
 
 def saturation(
     early: RouterTrace, late: RouterTrace, stack: str = "encoder"
-) -> Float[np.ndarray, "Y"]:
+) -> Float[ndarray, "Y"]:
     """Share of the late trace's choices that the early one made as well, |E_t & E_T| / |E_T|
     (Muennighoff 2024); 1 when routing has settled.
 
@@ -253,7 +254,7 @@ def saturation(
 
 def repetition(
     trace: RouterTrace, stack: str = "encoder"
-) -> tuple[Float[np.ndarray, "Y"], Float[np.ndarray, "Y"]]:
+) -> tuple[Float[ndarray, "Y"], Float[ndarray, "Y"]]:
     """Share of neighbouring tokens with the same first choice, and its chance sum_e load_e^2."""
     routing = trace.stack(stack)
     order = np.lexsort((routing.position, routing.example))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from tqdm import tqdm
 
 from moekit.analysis.trace_file import FIELDS, STACKS, read_trace, write_trace
@@ -42,13 +43,13 @@ class StackTrace:
       entropy: entropy of the router's probabilities, in nats.
     """
 
-    token: Int[np.ndarray, "N"]
-    example: Int[np.ndarray, "N"]
-    position: Int[np.ndarray, "N"]
-    expert: Int[np.ndarray, "Y N K"]
-    weight: Float[np.ndarray, "Y N K"]
-    kept: Bool[np.ndarray, "Y N K"]
-    entropy: Float[np.ndarray, "Y N"]
+    token: Int[ndarray, "N"]
+    example: Int[ndarray, "N"]
+    position: Int[ndarray, "N"]
+    expert: Int[ndarray, "Y N K"]
+    weight: Float[ndarray, "Y N K"]
+    kept: Bool[ndarray, "Y N K"]
+    entropy: Float[ndarray, "Y N"]
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,8 @@ def _trace_pairs(
 def _stack_tokens(
     stack: str,
     batch: Batch,
-    examples: Int[np.ndarray, "B"],
-    has_target: Bool[np.ndarray, "B"],
+    examples: Int[ndarray, "B"],
+    has_target: Bool[ndarray, "B"],
     routing: TokenRouting,
 ) -> StackTrace:
     """The routing of a batch's tokens. The decoder's tokens are its inputs, shifted targets."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from numpy.typing import DTypeLike
 
 FORMAT = 1
@@ -36,7 +37,7 @@ FIELDS = {
     "kept": ArrayField("YNK", np.bool_, np.bool_),
     "entropy": ArrayField("YN", np.float16, np.float32),
 }
-Arrays = Mapping[str, np.ndarray]  # of one stack, by field
+Arrays = Mapping[str, ndarray]  # of one stack, by field
 
 
 def write_trace(path: str | Path, header: Mapping[str, Any], stacks: Mapping[str, Arrays]) -> None:
@@ -59,9 +60,7 @@ def write_trace(path: str | Path, header: Mapping[str, Any], stacks: Mapping[str
         partial.unlink(missing_ok=True)
 
 
-def _stored_arrays(
-    header: Mapping[str, Any], stacks: Mapping[str, Arrays]
-) -> dict[str, np.ndarray]:
+def _stored_arrays(header: Mapping[str, Any], stacks: Mapping[str, Arrays]) -> dict[str, ndarray]:
     """The arrays of a file by name: "header" and "<stack>.<field>"."""
     text = json.dumps({"format": FORMAT, **header})
     stored = {"header": np.array(text)}
@@ -165,7 +164,7 @@ def _split_by_stack(arrays: Arrays) -> dict[str, Arrays]:
     return stacks
 
 
-def _check_arrays(stack: str, arrays: dict[str, np.ndarray], experts: int, examples: int) -> None:
+def _check_arrays(stack: str, arrays: dict[str, ndarray], experts: int, examples: int) -> None:
     """Check shapes, types and ranges of the arrays of one stack; convert them for use."""
     shape = arrays["expert"].shape
     if len(shape) != 3 or 0 in shape:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from numpy import ndarray
 from tqdm import tqdm
 
 from moekit.data.tasks import Prompt
@@ -113,7 +114,7 @@ def likelihoods(
 
 def _option_rows(
     options: Sequence[Sequence[list[int]]], num_inputs: int
-) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "R T"], Float[np.ndarray, "R T"]]:
+) -> tuple[Int[ndarray, "R"], Int[ndarray, "R T"], Float[ndarray, "R T"]]:
     """The input of each row, target ids and their weights, in one of few shapes."""
     targets = [ids for each in options for ids in each]
     owners = [index for index, each in enumerate(options) for _ in each]

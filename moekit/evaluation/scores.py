@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy import ndarray
 
 RESAMPLES = 1000  # bootstrap resamples of a 95 % interval
 
 
 def bootstrap(
-    groups: Sequence[Float[np.ndarray, "..."]],
+    groups: Sequence[Float[ndarray, "..."]],
     weights: Sequence[float] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -53,7 +54,7 @@ class TaskScore:
     n: int
     chance: float
     majority: float
-    values: Float[np.ndarray, "n"] = field(repr=False)
+    values: Float[ndarray, "n"] = field(repr=False)
 
     @classmethod
     def of(
@@ -239,7 +240,7 @@ def normalised_average(results: Sequence[Scores]) -> NormalisedAverage:
     return NormalisedAverage(mean, low, high, suites)
 
 
-def _above_chance(row: TaskScore) -> Float[np.ndarray, "n"]:
+def _above_chance(row: TaskScore) -> Float[ndarray, "n"]:
     """The scores of a task's examples, scaled so that chance is 0."""
     if row.chance >= 1:
         raise ValueError(

@@ -11,7 +11,7 @@ import moekit as mk
 from moekit.data.tasks import Example, Task, Template
 
 pytest.importorskip("lm_eval", reason="the extra `eval` (lm-eval) is not installed")
-# the harness and the libraries that it brings warn while they are imported and asked
+# the harness and the libraries that it brings warn while they are imported and used
 pytestmark = pytest.mark.filterwarnings("default")
 
 QUESTIONS = [
@@ -22,12 +22,6 @@ QUESTIONS = [
     }
     for i in range(9)
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    cfg = mk.preset("st-nano").replace(d_model=16, d_ff=32, eval_capacity_factor=8.0)
-    return mk.EncoderDecoder(cfg, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +74,18 @@ def test_its_arc_easy_is_answered_as_by_our_own_ranking(model, manager, tmp_path
 def test_its_gsm8k_generates_with_stop_texts(model, manager, tmp_path):
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is.\n#### {i + 1}"} for i in range(6)]
     task = local("gsm8k/gsm8k.yaml", rows, tmp_path)
-    options = {"task_manager": manager, "bootstrap_iters": 0}
-    found = mk.harness(model, [task], shots=2, gen_kwargs="max_gen_toks=8", **options)
+    found = mk.harness(
+        model,
+        [task],
+        shots=2,
+        task_manager=manager,
+        gen_kwargs="max_gen_toks=8",
+        bootstrap_iters=0,
+    )
     sample = found["samples"]["gsm8k"][0]
-    asked = sample["arguments"][0][0]
-    assert asked.count("Question:") == 3
-    assert sample["resps"][0][0] == mk.generate(model, [asked], max_new_tokens=8)[0]
+    prompt = sample["arguments"][0][0]
+    assert prompt.count("Question:") == 3
+    assert sample["resps"][0][0] == mk.generate(model, prompt, max_new_tokens=8)
     assert 0 <= found["results"]["gsm8k"]["exact_match,strict-match"] <= 1
 
 
@@ -95,10 +95,10 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
-def test_likelihoods_sum_over_tokens_and_tell_what_greedy_decoding_says(model):
+def test_likelihoods_sum_over_tokens_and_name_greedy_texts(model):
     lm = mk.MoekitLM(model)
-    said = mk.generate(model, ["say it"], max_new_tokens=3)[0]
-    pairs = [("say it", f" {said}"), ("say it", "no"), ("another", "no")]
+    greedy = mk.generate(model, "say it", max_new_tokens=3)
+    pairs = [("say it", f" {greedy}"), ("say it", "no"), ("another", "no")]
     found = lm.loglikelihood(requests("loglikelihood", *pairs))
     assert [found[i] for i in (1, 2)] == [
         lm.loglikelihood(requests("loglikelihood", pair))[0] for pair in pairs[1:]
@@ -106,24 +106,45 @@ def test_likelihoods_sum_over_tokens_and_tell_what_greedy_decoding_says(model):
     assert all(math.isfinite(value) and value < 0 for value, _ in found)
     assert not found[1][1]
     # an unfinished text is greedy up to its end, where the end of sequence must be the best too
-    longer = mk.generate(model, ["say it"], max_new_tokens=40)[0]
-    assert found[0][1] == (longer == said)
+    longer = mk.generate(model, "say it", max_new_tokens=40)
+    assert found[0][1] == (longer == greedy)
 
 
 def test_generation_stops_and_refuses_what_it_cannot_do(model, manager):
     lm = mk.MoekitLM(model)
-    whole = mk.generate(model, ["tell"], max_new_tokens=12)[0]
+    whole = mk.generate(model, "tell", max_new_tokens=12)
     stop = whole[4:6]
     settings = {"until": [stop], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
     free = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
     cut, sampled = lm.generate_until(requests("generate_until", ("tell", settings), ("tell", free)))
     assert cut == whole.split(stop)[0] and sampled != whole
-    with pytest.raises(ValueError, match=r"asks for top_p=0\.9"):
+    with pytest.raises(ValueError, match=r"sets top_p=0\.9"):
         lm.generate_until(requests("generate_until", ("x", {"top_p": 0.9, "do_sample": True})))
     with pytest.raises(ValueError, match="encoder-decoder does not define"):
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("text",)))
     with pytest.raises(ValueError, match="did you mean 'arc_easy'"):
         mk.harness(model, ["arc_eazy"], task_manager=manager)
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 0.0),
+        ({"temperature": 0.0}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": None}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": None, "top_p": None}, 1.0),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 1.0}, 0.5),
+        ({"do_sample": False, "temperature": 0.5}, 0.0),
+        ({"do_sample": None, "temperature": 0.5}, 0.5),
+    ],
+)
+def test_settings_that_are_none_have_their_defaults(settings, temperature):
+    from moekit.evaluation.lm_harness import _decoding
+
+    assert _decoding(settings) == (256, temperature)
+    assert _decoding({**settings, "max_tokens": 9, "max_gen_toks": None}) == (9, temperature)
 
 
 def test_long_contexts_lose_their_beginning_and_are_counted(model, caplog):

@@ -23,7 +23,8 @@ def plot_rates(mixture: Mixture) -> Figure:
     for place, cluster in enumerate(clusters):
         text = f" {len(rates_of_cluster[cluster])} tasks"
         axes.annotate(text, (shares[cluster], place), va="center", fontsize=8)
-    axes.set(xlabel="share of all examples", title=f"Clusters of {mixture.name}")
+    axes.set_xlabel("share of all examples")
+    axes.set_title(f"Clusters of {mixture.name}")
     axes.set_xlim(0, max(lengths) * 1.2)
     return figure
 
@@ -38,5 +39,6 @@ def plot_packing(batch: Batch) -> Figure:
         shades = np.where(segments > 0, segments % 2 + 1, 0)  # neighbours differ
         axes.imshow(shades, cmap="Greys", vmin=0, vmax=3, aspect="auto", interpolation="nearest")
         axes.set_title(f"{name}: {used:.0%} of positions used")
-        axes.set(xlabel="position (tokens)", ylabel="row of the batch")
+        axes.set_xlabel("position (tokens)")
+        axes.set_ylabel("row of the batch")
     return figure

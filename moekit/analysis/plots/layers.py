@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy import ndarray
 
 from moekit.analysis.plots.style import panels
 from moekit.moe.routing import Routing
@@ -26,14 +27,16 @@ def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()) ->
         num_tokens, num_experts = probs.shape
         image = axes.imshow(probs, cmap="Greys", vmin=0, vmax=1, aspect="auto")
         _write_slots(axes, routing, probs)
-        axes.set(title=f"{name} (capacity {routing.capacity})", xlabel="expert", ylabel="token")
+        axes.set_title(f"{name} (capacity {routing.capacity})")
+        axes.set_xlabel("expert")
+        axes.set_ylabel("token")
         axes.set_xticks(range(num_experts))
         axes.set_yticks(range(num_tokens), tokens or range(num_tokens))
     figure.colorbar(image, ax=grid, label="router probability")
     return figure
 
 
-def _write_slots(axes: Axes, routing: Routing, probs: np.ndarray) -> None:
+def _write_slots(axes: Axes, routing: Routing, probs: ndarray) -> None:
     """Write the slot of every choice, or a cross, at its token and expert."""
     num_experts = probs.shape[1]
     is_choice = np.asarray(routing.expert_index) < num_experts
@@ -68,12 +71,13 @@ def plot_sharding(parameters: Mapping[str, nnx.Variable]) -> Figure:
         axes.set_title(f"{name} {list(shape)}")
         axes.set_ylabel(labels[0] if labels else "whole")
         axes.set_xlabel(" x ".join(labels[1:]) or "whole")
-        axes.set(xticks=[], yticks=[])
+        axes.set_xticks([])
+        axes.set_yticks([])
     figure.suptitle("Which devices hold which part")
     return figure
 
 
-def _devices_of_parts(parameter: nnx.Variable) -> np.ndarray:
+def _devices_of_parts(parameter: nnx.Variable) -> ndarray:
     """Ids of the devices that hold each part of a parameter, [parts of each dimension]."""
     shape, sharding = parameter.shape, parameter[...].sharding
     shard_shape = sharding.shard_shape(shape)

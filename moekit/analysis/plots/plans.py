@@ -34,20 +34,27 @@ def plot_plan(
     _stacked_bar(left, memory_gib)
     left.axhline(memory_limit_gib, color="black", linestyle="--")
     left.text(0.5, memory_limit_gib, "limit", ha="right", va="bottom", fontsize=8)
-    left.set(ylabel="GiB a chip", title="memory", xticks=[], xlim=(-0.5, 1.6))
+    left.set_ylabel("GiB a chip")
+    left.set_title("memory")
+    left.set_xticks([])
+    left.set_xlim(-0.5, 1.6)
 
     _stacked_bar(middle, seconds)
     for name, estimate in zip(("overlapped", "in turn"), step_seconds, strict=False):
         middle.axhline(estimate, color="black", linestyle=":", linewidth=1)
         middle.text(1.6, estimate, name, ha="right", va="bottom", fontsize=8)
-    middle.set(ylabel="seconds a step (estimate)", title="time", xticks=[], xlim=(-0.5, 1.6))
+    middle.set_ylabel("seconds a step (estimate)")
+    middle.set_title("time")
+    middle.set_xticks([])
+    middle.set_xlim(-0.5, 1.6)
 
     shown = list(collectives[:MAX_COLLECTIVES])[::-1]
     names = [f"{collective['op']}\nover {collective['axis']}" for collective in shown]
     gigabytes = [collective["bytes"] / 1e9 for collective in shown]
     right.barh(names, gigabytes, color=GREYS[2], edgecolor="black")
     right.tick_params(axis="y", labelsize=8)
-    right.set(xlabel="GB sent a chip and step", title="collectives")
+    right.set_xlabel("GB sent a chip and step")
+    right.set_title("collectives")
     figure.suptitle(title)
     figure.tight_layout()
     return figure

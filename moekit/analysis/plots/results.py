@@ -38,7 +38,8 @@ def plot_bars(
         name, level = line
         axes.axhline(level, color="black", ls="--", lw=1, label=name)
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel=label, title=title)
+    axes.set_ylabel(label)
+    axes.set_title(title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     return figure
 
@@ -92,7 +93,9 @@ def plot_learning_curves(
         axes.axhline(level, color="0.7", lw=1)
         place = (0.99, level)
         axes.annotate(name, place, xycoords=("axes fraction", "data"), ha="right", va="top")
-    axes.set(xlabel="step", ylabel=label or key, title=title or key)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label or key)
+    axes.set_title(title or key)
     axes.legend(frameon=False)
     return figure
 
@@ -116,7 +119,9 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
     _draw_baseline(axes, first, "chance", "solid")
     _draw_baseline(axes, first, "majority", "dashed")
     axes.set_xticks(range(len(suites)), suites)
-    axes.set(ylabel="mean score over tasks (95 % interval)", title=title, ylim=(0, None))
+    axes.set_ylabel("mean score over tasks (95 % interval)")
+    axes.set_title(title)
+    axes.set_ylim(0, None)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return figure
 

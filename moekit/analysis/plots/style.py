@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy import ndarray
 
 matplotlib.rcParams["svg.hashsalt"] = "moekit"
 LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))
@@ -57,7 +58,7 @@ def panels(
     return figure, list(grid.flat[:count])
 
 
-def group_positions(places: int, series: int, num_series: int) -> Float[np.ndarray, "places"]:
+def group_positions(places: int, series: int, num_series: int) -> Float[ndarray, "places"]:
     """Where the bars of one of several series are centred, side by side around each place."""
     offset = series - (num_series - 1) / 2
     return np.arange(places) + offset * GROUP_WIDTH / num_series
@@ -65,12 +66,12 @@ def group_positions(places: int, series: int, num_series: int) -> Float[np.ndarr
 
 def grouped_bars(
     axes: Axes,
-    heights: Sequence[float] | Float[np.ndarray, "places"],
+    heights: Sequence[float] | Float[ndarray, "places"],
     series: int,
     num_series: int,
     label: str,
     *,
-    errors: Sequence | np.ndarray | None = None,
+    errors: Sequence | ndarray | None = None,
     line_width: float = 0.6,
     cap_size: float = 0.0,
     error_line_width: float | None = None,

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy import ndarray
 
 from moekit.analysis.balance import expert_load
 from moekit.analysis.plots.style import grouped_bars, panels
@@ -28,7 +29,7 @@ def plot_expert_load(trace: RouterTrace) -> Figure:
     return plot_load(loads, trace.model)
 
 
-def plot_load(loads: Mapping[str, Float[np.ndarray, "Y E"]], name: str) -> Figure:
+def plot_load(loads: Mapping[str, Float[ndarray, "Y E"]], name: str) -> Figure:
     """`plot_expert_load` from the loads of each stack."""
     shown = [(stack, layer) for stack, load in loads.items() for layer in range(len(load))]
     figure, grid = panels(len(shown))
@@ -36,7 +37,9 @@ def plot_load(loads: Mapping[str, Float[np.ndarray, "Y E"]], name: str) -> Figur
         load = np.sort(loads[stack][layer])[::-1]
         axes.bar(np.arange(len(load)), load, color="0.55", edgecolor="0.2")
         axes.axhline(1 / len(load), color="black", ls="--", lw=1, label="balance")
-        axes.set(title=f"{stack}, MoE layer {layer}", xlabel="experts, by load", ylabel="share")
+        axes.set_title(f"{stack}, MoE layer {layer}")
+        axes.set_xlabel("experts, by load")
+        axes.set_ylabel("share")
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"Expert load: {name}")
     return figure
@@ -77,7 +80,9 @@ def plot_specialization(
         axes.axhline(result.chance[layer], color="black", ls="--", lw=1, label="chance k/E")
         p_value = result.p_value[layer]
         axes.set_title(f"{stack}, MoE layer {layer} (shuffled labels: p = {p_value:.3f})")
-        axes.set(xlabel="expert", ylabel="share of its tokens", xticks=range(experts))
+        axes.set_xlabel("expert")
+        axes.set_ylabel("share of its tokens")
+        axes.set_xticks(range(experts))
     handles, names = grid[0].get_legend_handles_labels()
     columns = min(6, len(names))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
@@ -97,7 +102,8 @@ def plot_task_specialization(
     image = axes.imshow(ratio, cmap="Greys", aspect="auto", vmin=0)
     axes.set_yticks(range(labels), result.labels, fontsize=8)
     axes.set_title(f"Expert use by {by}: {trace.model}, {stack}, last MoE layer")
-    axes.set(xlabel="expert", xticks=range(experts))
+    axes.set_xlabel("expert")
+    axes.set_xticks(range(experts))
     figure.colorbar(image, label="share over chance k/E")
     return figure
 
@@ -142,7 +148,8 @@ def plot_token_specialization(
         for column, (token, share) in enumerate(result.top(layer, expert, n), 1):
             text = f"{_token_text(token, tokenizer)} {share:.0%}"
             _write_cell(axes, column, expert, text, share)
-    axes.set(xlim=(0, n + 1.5), ylim=(experts - 0.5, -0.7))
+    axes.set_xlim(0, n + 1.5)
+    axes.set_ylim(experts - 0.5, -0.7)
     chance = result.chance[layer]
     axes.set_title(
         f"Tokens that go to one expert: {trace.model}, {stack}, MoE layer {layer} "
@@ -175,7 +182,9 @@ def plot_coactivation(trace: RouterTrace, stack: str = "encoder") -> Figure:
     figure, grid = panels(len(together), width=3.6, height=3.2)
     for layer, axes in enumerate(grid):
         image = axes.imshow(together[layer], cmap="Greys", vmin=0, vmax=largest)
-        axes.set(title=f"{stack}, MoE layer {layer}", xlabel="also chose", ylabel="chose")
+        axes.set_title(f"{stack}, MoE layer {layer}")
+        axes.set_xlabel("also chose")
+        axes.set_ylabel("chose")
     figure.colorbar(image, ax=grid, label="share of the row's tokens")
     figure.suptitle(f"Co-activation: {trace.model}")
     return figure
