@@ -76,9 +76,12 @@ def execute_notebooks(
         raise ValueError(f"no notebook starts with {only!r}: {[p.stem for p in notebooks()]}")
     figures = (out / "figures").absolute()
     figures.mkdir(parents=True, exist_ok=True)
-    # the kernels inherit both
+    # the kernels inherit these
     os.environ["MOEKIT_FIGURES"] = str(figures)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    # programs that several notebooks, or the next run, compile alike are compiled once
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".jax_cache").absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     rows = []
     progress = tqdm(sources, unit="notebook")
     for path in progress:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from moekit.commands.tour import notebooks, tour
+from moekit.commands.tour import execute_notebooks, notebooks
 
 FOLDER = Path(__file__).parent.parent.parent / "notebooks"
 PATHS = notebooks(FOLDER)
@@ -44,8 +44,8 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/01_bad.py").write_text("# %%\nimport warnings\nwarnings.warn('old')\n")
     with pytest.raises(ValueError, match="notebook 01_bad, cell 1: UserWarning: old"):
-        tour(tmp_path / "out")
+        execute_notebooks(tmp_path / "out")
     (tmp_path / "notebooks/01_bad.py").write_text("# %%\nprint(1)\n")
-    assert tour(tmp_path / "out")[0]["cells"] == 1
+    assert execute_notebooks(tmp_path / "out")[0]["cells"] == 1
     written = json.loads((tmp_path / "out/01_bad.ipynb").read_text())
     assert written["cells"][0]["outputs"][0]["text"] == ["1\n"]
