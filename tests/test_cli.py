@@ -1,5 +1,6 @@
 """The command line as a user meets it: one clear line and exit code 2 for every mistake."""
 
+import functools
 import gzip
 import inspect
 import json
@@ -13,6 +14,7 @@ import pytest
 import moekit as mk
 from moekit.bench import baselines, input, layer, step
 from moekit.cli import VERBS, command, main
+from moekit.data import packing
 
 SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
 
@@ -105,13 +107,13 @@ def test_train_eval_and_resume(tmp_path, capsys):
     code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", "--steps", 3, *SMALL[2:])
     assert code == 0 and "step 3" in out
     record = tmp_path / "results/eval.json"
-    asked = ["--suite", "builtin,builtin-heldin", "--limit", 1, "--options", "False"]
+    flags = ["--suite", "builtin", "--limit", 1, "--options", "False"]
     code, out, _ = run(
-        capsys, "eval", "--checkpoint", tmp_path / "r", *asked, "--out", record, "--json"
+        capsys, "eval", "--checkpoint", tmp_path / "r", *flags, "--out", record, "--json"
     )
     found = json.loads(out)
-    sizes = [suite["mean"]["n"] for suite in found["suites"]]
-    assert code == 0 and sizes == [len(mk.suite(n).tasks) for n in ("builtin", "builtin-heldin")]
+    (suite,) = found["suites"]
+    assert code == 0 and suite["mean"]["n"] == len(mk.suite("builtin").tasks)
     average = found["normalised_average"]
     assert average["low"] - 1e-9 <= average["score"] <= average["high"] + 1e-9
     assert json.loads(record.read_text()) == found
@@ -195,7 +197,14 @@ def test_mistakes(argv, message, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths are proposed from 64 examples instead of 4,096."""
+    few = functools.partial(packing.propose_lengths, examples=64)
+    monkeypatch.setattr(packing, "propose_lengths", few)
+
+
+def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch, few_examples):
     monkeypatch.setenv("MOEKIT_DATA", str(tmp_path))
     (tmp_path / "dolly").mkdir()
     row = json.dumps({"instruction": "a", "context": "", "response": "b"}) + "\n"
@@ -210,7 +219,7 @@ def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch):
     assert code == 2 and "truncated" in err
 
 
-def test_data_and_doctor(capsys, monkeypatch):
+def test_data_and_doctor(capsys, monkeypatch, few_examples):
     monkeypatch.delenv("MOEKIT_DATA", raising=False)
     code, out, _ = run(capsys, "data", "describe", "--samples", 2, "--json")
     found = json.loads(out)
