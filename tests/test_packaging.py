@@ -76,7 +76,8 @@ def test_every_public_name_is_defined_in_the_module_that_the_stub_names():
     stub = ast.parse((ROOT / "moekit/__init__.pyi").read_text())
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     for node in imports:
-        path = ROOT / "moekit" / (node.module.replace(".", "/") + ".py")
+        path = ROOT / "moekit" / node.module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         defined = set()
         for statement in ast.parse(path.read_text()).body:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef):
@@ -85,6 +86,8 @@ def test_every_public_name_is_defined_in_the_module_that_the_stub_names():
                 defined |= {target.id for target in statement.targets if hasattr(target, "id")}
             elif isinstance(statement, ast.AnnAssign):
                 defined.add(statement.target.id)
+            elif isinstance(statement, ast.ImportFrom) and path.stem == "__init__":
+                defined |= {alias.asname for alias in statement.names}  # an explicit export
         for alias in node.names:
             assert alias.name in defined, f"{alias.name} is not defined in {path}"
             assert alias.asname == alias.name  # what a type checker takes as exported

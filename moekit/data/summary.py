@@ -61,7 +61,7 @@ class Overview:
             groups.setdefault((row.submixture, row.cluster), []).append(row)
         return [_total(rows, submixture, cluster) for (submixture, cluster), rows in groups.items()]
 
-    def for_run(self, tokens: float = 0) -> "Overview":
+    def for_run(self, tokens: int | float = 0) -> "Overview":
         """The same mixture in a run of so many tokens, inputs and targets; default one epoch."""
         run_tokens = tokens or self.epoch_tokens
         num_prompts = run_tokens / self.total.tokens

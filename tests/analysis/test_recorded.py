@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from moekit.analysis import plots
@@ -18,7 +19,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but not written, which takes most of the time."""
 
     def save(figure: object, path: str | Path) -> Path:
-        plots.plt.close(figure)
+        plt.close(figure)
         return Path(path)
 
     monkeypatch.setattr(plots, "save_figure", save)
