@@ -6,6 +6,7 @@ corruption above the vocabulary, `<extra_id_0>` the highest. Vocabulary sizes ar
 
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -19,20 +20,22 @@ NUM_SENTINELS = 100
 
 
 class Tokenizer:
-    """What every tokenizer offers; `pieces` is the number of ids below the sentinels."""
+    """The interface of a tokenizer; `pieces` is the number of ids below the sentinels."""
 
     pieces: int
     pad_id, eos_id, unk_id, num_sentinels = PAD, EOS, UNK, NUM_SENTINELS
 
     @property
     def vocab_size(self) -> int:
-        return -(-(self.pieces + NUM_SENTINELS) // 128) * 128
+        """Pieces and sentinels, rounded up to a multiple of 128."""
+        num_ids = self.pieces + NUM_SENTINELS
+        return math.ceil(num_ids / 128) * 128
 
-    def sentinel(self, i: int) -> int:
-        """The id of `<extra_id_i>`."""
-        if not 0 <= i < NUM_SENTINELS:
-            raise ValueError(f"sentinel {i} does not exist: there are {NUM_SENTINELS}")
-        return self.pieces + NUM_SENTINELS - 1 - i
+    def sentinel(self, index: int) -> int:
+        """The id of `<extra_id_{index}>`; a ValueError if there is none."""
+        if not 0 <= index < NUM_SENTINELS:
+            raise ValueError(f"sentinel {index} does not exist: there are {NUM_SENTINELS}")
+        return self.pieces + NUM_SENTINELS - 1 - index
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without end of sequence."""
@@ -42,21 +45,25 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; padding and end of sequence vanish, sentinels read `<extra_id_i>`."""
-        parts, run = [], []
-        for i in map(int, ids):
-            if i < self.pieces:
-                if i > EOS:
-                    run.append(i)
+        """Text of ids: padding and end of sequence are removed, sentinels become `<extra_id_i>`."""
+        highest_sentinel = self.sentinel(0)
+        texts = []
+        pieces: list[int] = []  # since the last sentinel
+        for token in map(int, ids):
+            if token <= EOS:  # or padding
                 continue
-            parts.append(self._decode_pieces(run))
-            run = []
-            if i < self.pieces + NUM_SENTINELS:
-                parts.append(f"<extra_id_{self.pieces + NUM_SENTINELS - 1 - i}>")
-        return "".join([*parts, self._decode_pieces(run)])
+            if token < self.pieces:
+                pieces.append(token)
+                continue
+            texts.append(self._decode_pieces(pieces))
+            pieces = []
+            if token <= highest_sentinel:
+                texts.append(f"<extra_id_{highest_sentinel - token}>")
+        texts.append(self._decode_pieces(pieces))
+        return "".join(texts)
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name what the ids mean."""
+        """Twelve hexadecimal digits for the meaning of the ids."""
         raise NotImplementedError
 
 
@@ -70,7 +77,7 @@ class ByteTokenizer(Tokenizer):
         return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
 
     def _decode_pieces(self, ids: list[int]) -> str:
-        return bytes(i - 3 for i in ids if i > UNK).decode(errors="replace")
+        return bytes(token - 3 for token in ids if token > UNK).decode(errors="replace")
 
     def digest(self) -> str:
         return "byte"
@@ -79,17 +86,17 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model: one trained by `train_sentencepiece`, or T5's own spiece.model.
 
-    A model with byte pieces is asked line by line, with the byte of a newline between the lines.
-    So `decode(encode(text))` is the text itself for ours, but for U+2581, SentencePiece's own mark
-    of a space. T5's model has no byte pieces: it folds every run of whitespace, newlines too, into
-    one space and normalises characters (NFKC), as it did when T5 was trained.
+    A model with byte pieces encodes line by line, with the byte of a newline between the lines. So
+    `decode(encode(text))` equals the text for models of `train_sentencepiece`, except for U+2581,
+    SentencePiece's own mark of a space. T5's model has no byte pieces: it replaces whitespace,
+    newlines included, by single spaces and normalizes characters (NFKC), as when T5 was trained.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: not a SentencePiece model, or its special ids are not T5's.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         import sentencepiece
 
         path = Path(path)
@@ -101,36 +108,44 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model") from None
-        ids = tuple(getattr(self._processor, f"{name}_id")() for name in ("pad", "eos", "unk"))
-        if ids != (PAD, EOS, UNK):
-            raise ValueError(f"{path} has pad, eos, unk = {ids}; T5's ids are {(PAD, EOS, UNK)}")
-        self.path, self.pieces = path, self._processor.GetPieceSize()
+        special_ids = (
+            self._processor.pad_id(),
+            self._processor.eos_id(),
+            self._processor.unk_id(),
+        )
+        if special_ids != (PAD, EOS, UNK):
+            raise ValueError(
+                f"{path} has pad, eos, unk = {special_ids}; T5's ids are {(PAD, EOS, UNK)}"
+            )
+        self.path = path
+        self.pieces = self._processor.GetPieceSize()
         self._digest = hashlib.sha256(model).hexdigest()[:12]
-        self._newline = self._processor.PieceToId("<0x0A>")
-        # definitions, options and cues come again and again
-        self._line = functools.lru_cache(maxsize=8192)(self._processor.EncodeAsIds)
+        self._newline = self._processor.PieceToId("<0x0A>")  # UNK without byte pieces
+        # definitions, options and cues are repeated in many prompts
+        self._encode_line = functools.lru_cache(maxsize=8192)(self._processor.EncodeAsIds)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return SentencePieceTokenizer, (self.path,)
 
     def encode(self, text: str) -> list[int]:
         if self._newline == UNK:
             return self._processor.EncodeAsIds(text)
         first, *rest = text.split("\n")
-        ids = self._line(first).copy()
+        ids = self._encode_line(first).copy()
         for line in rest:
             ids.append(self._newline)
-            ids += self._line(line)
+            ids += self._encode_line(line)
         return ids
 
     def _decode_pieces(self, ids: list[int]) -> str:
         lines: list[list[int]] = [[]]
-        for i in ids:
-            if i == self._newline != UNK:
+        for token in ids:
+            if token == self._newline and token != UNK:
                 lines.append([])
             else:
-                lines[-1].append(i)
-        return "\n".join(self._processor.DecodeIds(line) if line else "" for line in lines)
+                lines[-1].append(token)
+        texts = [self._processor.DecodeIds(line) if line else "" for line in lines]
+        return "\n".join(texts)
 
     def digest(self) -> str:
         return self._digest
@@ -139,12 +154,16 @@ class SentencePieceTokenizer(Tokenizer):
 def train_sentencepiece(
     texts: Iterable[str], path: str | Path, vocab_size: int = 8192
 ) -> SentencePieceTokenizer:
-    """Train a unigram model with T5's special ids and byte fallback, write it to `path`. It
-    changes nothing in a text: no normalisation, every space counts.
+    """Train a unigram model with T5's special ids and byte fallback, and write it to `path`.
+
+    The model preserves texts: it normalizes nothing and keeps every space.
 
     Args:
       texts: documents; read once.
-      vocab_size: all ids, the 100 sentinels included; a multiple of 128.
+      vocab_size: number of ids, the 100 sentinels included; a multiple of 128 above 512.
+
+    Raises:
+      ValueError: another vocab_size, or too little text for it.
     """
     import sentencepiece
 

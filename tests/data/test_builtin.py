@@ -21,7 +21,7 @@ def test_the_promised_size():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_wording_renders_and_no_object_is_in_two_splits(name):
+def test_every_template_renders_and_no_object_is_in_two_splits(name):
     task = TASKS[name]
     asked = {}
     for split in ("train", "valid", "test"):
@@ -70,7 +70,7 @@ def test_corpus_has_domains_and_disjoint_splits():
     assert sum(map(len, train)) > 1_000_000
 
 
-def test_the_same_in_every_process():
+def test_the_same_in_every_process(tmp_path):
     code = (
         "from moekit.data.builtin.tasks import builtin_tasks as t\n"
         "import hashlib\n"
@@ -84,7 +84,7 @@ def test_the_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
-            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            env={"PYTHONHASHSEED": seed, "PATH": "", "MOEKIT_CACHE": str(tmp_path / seed)},
         ).stdout
         for seed in ("1", "2")
     }

@@ -28,9 +28,9 @@ def mixture(few_shot=0.0):
 
 def test_rates_hold_in_the_stream_and_in_the_packed_rows():
     mix, seed, lengths = mixture(), 2**40, {"input_length": 64, "target_length": 16}
-    prompts = Counter(prompt.task for prompt in mix.sample(5000, seed=seed))
+    prompts = Counter(prompt.task for prompt in mix.sample(2000, seed=seed))
     stream = batches(mix, TOKENIZER, seed=seed, batch_size=16, **lengths)
-    for _ in range(100):
+    for _ in range(50):
         next(stream)
     tasks = stream.take_statistics().to_dict()["tasks"]
     packed = Counter({name: sums["examples"] for name, sums in tasks.items()})
@@ -39,7 +39,7 @@ def test_rates_hold_in_the_stream_and_in_the_packed_rows():
         _, window, rows = json.loads(state)
         packed.update(mix.tasks[pairs[i]["task"]].name for i in itertools.chain(window, *rows))
     for counts in (prompts, packed):
-        assert counts.total() >= 5000
+        assert counts.total() >= 2000
         for name, rate in mix.rates.items():
             expected = counts.total() * rate
             assert abs(counts[name] - expected) < 3 * np.sqrt(expected)
@@ -47,7 +47,7 @@ def test_rates_hold_in_the_stream_and_in_the_packed_rows():
 
 def test_every_example_once_an_epoch_in_a_new_order():
     ids = {f"t{i}": [] for i in range(4)}
-    for prompt in mixture().sample(3000):
+    for prompt in mixture().sample(1500):
         ids[prompt.task].append(prompt.id)
     for number, size in enumerate(SIZES):
         # the mixture is shuffled within windows, so epochs of one task overlap a little
@@ -90,7 +90,7 @@ def test_counts_agree_with_an_independent_count():
     assert f"{found['truncated_examples']:,} examples were truncated" in str(counts)
 
 
-def test_exemplars_give_way_before_anything_is_cut():
+def test_exemplars_are_left_out_before_anything_is_truncated():
     mix = mixture(few_shot=1.0)
     pairs = mix.token_pairs(TOKENIZER, input_length=70, target_length=16, seed=0)
     shots = Counter()
