@@ -47,7 +47,7 @@ def test_rates_hold_in_the_stream_and_in_the_packed_rows():
 
 def test_every_example_once_an_epoch_in_a_new_order():
     ids = {f"t{i}": [] for i in range(4)}
-    for prompt in mixture().sample(1500):
+    for prompt in mixture().sample(3000):
         ids[prompt.task].append(prompt.id)
     for number, size in enumerate(SIZES):
         # the mixture is shuffled within windows, so epochs of one task overlap a little
