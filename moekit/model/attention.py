@@ -18,14 +18,18 @@ MASKED = -1e9  # finite: the softmax of a fully masked row (padding) stays finit
 
 
 def segment_mask(
-    queries: Int[Array, "B L"], keys: Int[Array, "B M"], *, causal: bool = False
+    queries: Int[Array, "B L"],
+    keys: Int[Array, "B M"],
+    *,
+    causal: bool = False,
 ) -> Bool[Array, "B 1 L M"]:
     """True where query and key belong to the same example; segment 0 is padding."""
-    same_example = queries[:, :, None] == keys[:, None, :]
-    mask = same_example & (keys[:, None, :] > 0)
+    queries = queries[:, None, :, None]
+    keys = keys[:, None, None, :]
+    mask = (queries == keys) & (keys > 0)
     if causal:
-        mask &= jnp.tril(jnp.ones((queries.shape[1], keys.shape[1]), bool))
-    return mask[:, None]
+        mask &= jnp.tril(jnp.ones(mask.shape[2:], bool))
+    return mask
 
 
 class Attention(nnx.Module):
@@ -95,13 +99,18 @@ class Attention(nnx.Module):
         logits = jnp.einsum("blnh,bmnh->bnlm", queries, keys)
         if bias is not None:
             logits = add_bias(logits, bias)
-        masked_logits = jnp.where(mask, logits.astype(jnp.float32), MASKED)
-        weights = jax.nn.softmax(masked_logits).astype(self.dtype)
+        logits = logits.astype(jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED))
+        weights = weights.astype(self.dtype)
         attended = jnp.einsum("bnlm,bmnh->blnh", weights, values)
         return self._project("blnh,nhd->bld", attended, self.wo_nhd)
 
     def _project(
-        self, equation: str, x: Float[Array, "B *in"], weight: nnx.Param
+        self,
+        equation: str,
+        x: Float[Array, "B *in"],
+        weight: nnx.Param,
     ) -> Float[Array, "B *out"]:
+        x = x.astype(self.dtype)
         einsum = partial(jnp.einsum, equation)
-        return with_gathered_parameters(einsum, self.dtype, x.astype(self.dtype), weight)
+        return with_gathered_parameters(einsum, self.dtype, x, weight)

@@ -19,7 +19,11 @@ class ForwardFlops(NamedTuple):
 
 
 def forward_flops(
-    cfg: ModelConfig, rows: int, length: int, target_length: int, shards: int = 1
+    cfg: ModelConfig,
+    rows: int,
+    length: int,
+    target_length: int,
+    shards: int = 1,
 ) -> ForwardFlops:
     """FLOPs of the products of a forward pass over `rows` inputs and targets.
 
@@ -46,7 +50,8 @@ def forward_flops(
     last = _last_product_flops(cfg, "encoder", sources)
     last += _last_product_flops(cfg, "decoder", targets)
     head = 2.0 * targets * cfg.d_model * cfg.vocab_size
-    return ForwardFlops(float(encoder + decoder), head, float(last))
+    stacks = float(encoder + decoder)
+    return ForwardFlops(stacks, head, float(last))
 
 
 def _self_attention_flops(cfg: ModelConfig, tokens: int, length: int) -> int:
@@ -70,7 +75,8 @@ def _dense_layers(cfg: ModelConfig, stack: str) -> int:
 
 
 def _dense_ffn_flops(cfg: ModelConfig, stack: str, tokens: int) -> int:
-    return _dense_layers(cfg, stack) * tokens * 2 * cfg.ffn_parameters(cfg.d_ff)
+    parameters = cfg.ffn_parameters(cfg.d_ff)
+    return _dense_layers(cfg, stack) * tokens * 2 * parameters
 
 
 def _sparse_ffn_flops(cfg: ModelConfig, stack: str, tokens: int, shards: int) -> int:
@@ -78,9 +84,11 @@ def _sparse_ffn_flops(cfg: ModelConfig, stack: str, tokens: int, shards: int) ->
     if not num_sparse:
         return 0
     router = tokens * 2 * cfg.d_model * cfg.num_experts
-    extra = tokens * 2 * cfg.ffn_parameters(cfg.extra_d_ff or 0)
+    extra_d_ff = cfg.extra_d_ff or 0
+    extra = tokens * 2 * cfg.ffn_parameters(extra_d_ff)
     slots = shards * expert_slots(cfg, stack, tokens // shards)
-    experts = slots * 2 * cfg.ffn_parameters(cfg.expert_d_ff or cfg.d_ff)
+    expert_d_ff = cfg.expert_d_ff or cfg.d_ff
+    experts = slots * 2 * cfg.ffn_parameters(expert_d_ff)
     return num_sparse * (router + extra + experts)
 
 
@@ -111,7 +119,13 @@ def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
 
 
 def step_flops(
-    cfg: ModelConfig, rows: int, length: int, target_length: int, *, remat: str, shards: int = 1
+    cfg: ModelConfig,
+    rows: int,
+    length: int,
+    target_length: int,
+    *,
+    remat: str,
+    shards: int = 1,
 ) -> float:
     """FLOPs of the products of a training step, with those that remat "full" computes again.
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
+from moekit.errors import not_finite
 from moekit.model.batching import encode_inputs, input_rows, length_groups
 from moekit.model.cache import Cache
 from moekit.model.transformer import EncoderDecoder
@@ -28,13 +29,54 @@ class _State(NamedTuple):
     step: Int[Array, ""]
     tokens: Int[Array, "B"]  # the last ones, which the decoder reads next
     finished: Bool[Array, "B"]
+    finite: Bool[Array, ""]  # False once a logit is NaN or infinite
     cache: Cache
     generated: Int[Array, "B T"]
 
 
+def _start(
+    model: EncoderDecoder,
+    inputs: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    length: int,
+) -> _State:
+    encoded = model.encode(inputs, segments)
+    rows = inputs.shape[0]
+    is_padding = (segments == 0).all(-1)
+    return _State(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full(rows, PAD, jnp.int32),
+        finished=is_padding,
+        finite=jnp.ones((), bool),
+        cache=model.start_cache(encoded, length),
+        generated=jnp.full((rows, length), PAD, jnp.int32),
+    )
+
+
+def _advance(
+    state: _State,
+    tokens: Int[Array, "B"],
+    logits: Float[Array, "B V"],
+    cache: Cache,
+) -> _State:
+    """The state after the next token of every unfinished row."""
+    tokens = jnp.where(state.finished, PAD, tokens).astype(jnp.int32)
+    generated = jax.lax.dynamic_update_slice_in_dim(
+        state.generated, tokens[:, None], state.step, axis=1
+    )
+    return _State(
+        step=state.step + 1,
+        tokens=tokens,
+        finished=state.finished | (tokens == EOS),
+        finite=state.finite & jnp.isfinite(logits).all(),
+        cache=cache,
+        generated=generated,
+    )
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(graphdef: nnx.GraphDef, length: int, sample: bool) -> Callable[..., Array]:
-    """A compiled function that decodes a batch: up to `length` tokens of every row."""
+def _compiled(graphdef: nnx.GraphDef, length: int, sample: bool) -> Callable[..., tuple]:
+    """A compiled function that decodes up to `length` tokens of each row of a batch."""
 
     def decode(
         state: nnx.State,
@@ -42,39 +84,25 @@ def _compiled(graphdef: nnx.GraphDef, length: int, sample: bool) -> Callable[...
         segments: Int[Array, "B L"],
         key: Key[Array, ""],
         temperature: Float[Array, ""],
-    ) -> Int[Array, "B T"]:
+    ) -> tuple[Int[Array, "B T"], Bool[Array, ""]]:
         model = nnx.merge(graphdef, state)
-        encoded = model.encode(inputs, segments)
-
-        def choose(logits: Float[Array, "B V"], step: Int[Array, ""]) -> Int[Array, "B"]:
-            if not sample:
-                return jnp.argmax(logits, -1)
-            step_key = jax.random.fold_in(key, step)
-            return jax.random.categorical(step_key, logits / temperature)
 
         def is_unfinished(current: _State) -> Bool[Array, ""]:
-            return (current.step < length) & ~current.finished.all()
+            has_room = current.step < length
+            return has_room & current.finite & ~current.finished.all()
 
         def decode_token(current: _State) -> _State:
             logits, cache = model.decode_step(current.tokens, current.cache)
-            tokens = choose(logits, current.step).astype(jnp.int32)
-            tokens = jnp.where(current.finished, PAD, tokens)
-            generated = jax.lax.dynamic_update_slice_in_dim(
-                current.generated, tokens[:, None], current.step, axis=1
-            )
-            finished = current.finished | (tokens == EOS)
-            return _State(current.step + 1, tokens, finished, cache, generated)
+            if sample:
+                step_key = jax.random.fold_in(key, current.step)
+                tokens = jax.random.categorical(step_key, logits / temperature)
+            else:
+                tokens = jnp.argmax(logits, -1)
+            return _advance(current, tokens, logits, cache)
 
-        rows = inputs.shape[0]
-        is_padding = (segments == 0).all(-1)
-        start = _State(
-            step=jnp.zeros((), jnp.int32),
-            tokens=jnp.full(rows, PAD, jnp.int32),
-            finished=is_padding,
-            cache=model.start_cache(encoded, length),
-            generated=jnp.full((rows, length), PAD, jnp.int32),
-        )
-        return jax.lax.while_loop(is_unfinished, decode_token, start).generated
+        start = _start(model, inputs, segments, length)
+        last = jax.lax.while_loop(is_unfinished, decode_token, start)
+        return last.generated, last.finite
 
     return jax.jit(decode)
 
@@ -127,12 +155,15 @@ def generate(
 
     Raises:
       ValueError: a text is longer than the model's max_length or not valid Unicode, temperature
-        is negative or not finite, or max_new_tokens or batch_size is below 1.
+        is negative or not finite, max_new_tokens or batch_size is below 1, or the model's
+        parameters are not finite.
     """
     single = isinstance(texts, str)
     _check_settings(max_new_tokens, temperature, batch_size)
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    inputs = encode_inputs([texts] if single else texts, tokenizer, model.cfg.max_length)
+    if single:
+        texts = [texts]
+    inputs = encode_inputs(texts, tokenizer, model.cfg.max_length)
     generated = generate_ids(
         model,
         inputs,
@@ -160,14 +191,18 @@ def generate_ids(
     decode = _compiled(graphdef, max_new_tokens, temperature > 0)
     key = jax.random.key(seed)
     lengths = [len(ids) for ids in inputs]
-    groups = list(length_groups(lengths, model.cfg.max_length, batch_size, mesh=model.mesh))
+    max_length = model.cfg.max_length
+    groups = list(length_groups(lengths, max_length, batch_size, mesh=model.mesh))
     generated = [np.zeros(0, np.int32)] * len(inputs)
     progress = tqdm(groups, desc="generate", unit="batch", leave=False)
     for batch_index, (indices, length, rows) in enumerate(progress):
         group = [inputs[index] for index in indices]
         tokens, segments = input_rows(group, length, rows, model.mesh)
         batch_key = jax.random.fold_in(key, batch_index)
-        outputs = to_host(decode(state, tokens, segments, batch_key, jnp.float32(temperature)))
+        decoded = decode(state, tokens, segments, batch_key, jnp.float32(temperature))
+        outputs, finite = to_host(decoded)
+        if not finite:
+            raise not_finite(model.cfg.name)
         for row, index in enumerate(indices):
             generated[index] = outputs[row]
     return generated

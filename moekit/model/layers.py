@@ -13,7 +13,10 @@ from moekit.moe.layer import gated_gelu
 from moekit.sharding import param, platform, with_gathered_parameters
 
 
-def matmul(x: Float[Array, "*B D"], weight_df: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+def matmul(
+    x: Float[Array, "*B D"],
+    weight_df: Float[Array, "D F"],
+) -> Float[Array, "*B F"]:
     """x @ weight_df, two-dimensional on CPU.
 
     XLA for CPU takes twice as long for the same product with a batch dimension, and up to twice
@@ -21,40 +24,51 @@ def matmul(x: Float[Array, "*B D"], weight_df: Float[Array, "D F"]) -> Float[Arr
     """
     if platform() != "cpu":
         return x @ weight_df
-    flat = x.reshape(-1, x.shape[-1])
-    return _flat_matmul(flat, weight_df).reshape(*x.shape[:-1], -1)
+    *leading, features = x.shape
+    product = _flat_matmul(x.reshape(-1, features), weight_df)
+    return product.reshape(*leading, -1)
 
 
 @jax.custom_vjp
-def _flat_matmul(x: Float[Array, "S D"], weight_df: Float[Array, "D F"]) -> Float[Array, "S F"]:
+def _flat_matmul(
+    x: Float[Array, "S D"],
+    weight_df: Float[Array, "D F"],
+) -> Float[Array, "S F"]:
     return x @ weight_df
 
 
 def _flat_matmul_forward(
-    x: Float[Array, "S D"], weight_df: Float[Array, "D F"]
+    x: Float[Array, "S D"],
+    weight_df: Float[Array, "D F"],
 ) -> tuple[Float[Array, "S F"], tuple[Array, Array]]:
-    return x @ weight_df, (x, weight_df)
+    residuals = (x, weight_df)
+    return x @ weight_df, residuals
 
 
 def _flat_matmul_backward(
-    residuals: tuple[Array, Array], cotangent: Float[Array, "S F"]
+    residuals: tuple[Array, Array],
+    cotangent: Float[Array, "S F"],
 ) -> tuple[Float[Array, "S D"], Float[Array, "D F"]]:
     x, weight_df = residuals
     barrier = jax.lax.optimization_barrier
     # Transpose the smaller operand in memory (the barriers forbid to fold it into the product):
     # a product that sums over leading axes is slow.
     if x.shape[1] <= cotangent.shape[1]:
-        gradient = barrier(barrier(x.T) @ cotangent)
+        transposed = barrier(x.T)
+        weight_gradient = barrier(transposed @ cotangent)
     else:
-        gradient = barrier(barrier(cotangent.T) @ x).T
-    return cotangent @ weight_df.T, gradient
+        transposed = barrier(cotangent.T)
+        weight_gradient = barrier(transposed @ x).T
+    x_gradient = cotangent @ weight_df.T
+    return x_gradient, weight_gradient
 
 
 _flat_matmul.defvjp(_flat_matmul_forward, _flat_matmul_backward)
 
 
 def float32_logits(
-    x: Float[Array, "B L D"], weight_dv: Float[Array, "D V"]
+    x: Float[Array, "B L D"],
+    weight_dv: Float[Array, "D V"],
 ) -> Float[Array, "B L V"]:
     """Output logits in float32: products of the compute type, summed and kept in float32."""
     if x.dtype == jnp.float32:
@@ -72,18 +86,23 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         exact = x.astype(jnp.float32)
         mean_square = jnp.mean(exact * exact, -1, keepdims=True)
-        normalized = exact * jax.lax.rsqrt(mean_square + 1e-6)
-        return (normalized * self.scale_d[...]).astype(x.dtype)
+        inverse_rms = jax.lax.rsqrt(mean_square + 1e-6)
+        scaled = exact * inverse_rms * self.scale_d[...]
+        return scaled.astype(x.dtype)
 
 
 def dropout(
-    x: Float[Array, "B L D"], rate: float, key: Key[Array, ""] | None
+    x: Float[Array, "B L D"],
+    rate: float,
+    key: Key[Array, ""] | None,
 ) -> Float[Array, "B L D"]:
     """T5's dropout: one mask [B, 1, D] for all positions. Without a key, x itself."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, x.shape[2]))
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    batch, _, features = x.shape
+    keep = jax.random.bernoulli(key, 1 - rate, (batch, 1, features))
+    scaled = x / (1 - rate)
+    return jnp.where(keep, scaled, 0).astype(x.dtype)
 
 
 class FFN(nnx.Module):
@@ -116,15 +135,18 @@ class FFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         x = x.astype(self.dtype)
-        if self.wg_df is None:
-            return with_gathered_parameters(_relu_ffn, self.dtype, x, self.wi_df, self.wo_fd)
-        return with_gathered_parameters(
-            _gated_gelu_ffn, self.dtype, x, self.wi_df, self.wo_fd, self.wg_df
-        )
+        function = _relu_ffn
+        parameters = [self.wi_df, self.wo_fd]
+        if self.wg_df is not None:
+            function = _gated_gelu_ffn
+            parameters.append(self.wg_df)
+        return with_gathered_parameters(function, self.dtype, x, *parameters)
 
 
 def _relu_ffn(
-    x: Float[Array, "B L D"], wi_df: Float[Array, "D F"], wo_fd: Float[Array, "F D"]
+    x: Float[Array, "B L D"],
+    wi_df: Float[Array, "D F"],
+    wo_fd: Float[Array, "F D"],
 ) -> Float[Array, "B L D"]:
     hidden = jax.nn.relu(matmul(x, wi_df))
     return matmul(hidden, wo_fd)

@@ -67,13 +67,15 @@ def add_bias(logits: Float[Array, "B N L M"], bias: Bias) -> Float[Array, "B N L
 
 
 def _add_bias_forward(
-    logits: Float[Array, "B N L M"], bias: Bias
+    logits: Float[Array, "B N L M"],
+    bias: Bias,
 ) -> tuple[Float[Array, "B N L M"], Bias]:
     return add_bias(logits, bias), bias
 
 
 def _add_bias_backward(
-    bias: Bias, cotangent: Float[Array, "B N L M"]
+    bias: Bias,
+    cotangent: Float[Array, "B N L M"],
 ) -> tuple[Float[Array, "B N L M"], Bias]:
     num_shards, num_buckets = bias.table.shape[:2]
     if cotangent.shape[0] % num_shards:
@@ -129,9 +131,13 @@ class RelativeBias(nnx.Module):
         )
         shards = jnp.zeros(current_batch_shards())
         table = with_gathered_parameters(_add_shard_axis, jnp.float32, shards, self.bias_bn)
-        table_nb = jax.lax.stop_gradient(self.bias_bn[...]).astype(self.dtype).T
-        return Bias(values=table_nb[:, bucket], table=table, bucket=bucket)
+        constant_bn = jax.lax.stop_gradient(self.bias_bn[...])
+        values = constant_bn.astype(self.dtype).T[:, bucket]
+        return Bias(values=values, table=table, bucket=bucket)
 
 
-def _add_shard_axis(_: Float[Array, "R"], bias_bn: Float[Array, "K N"]) -> Float[Array, "1 K N"]:
+def _add_shard_axis(
+    _: Float[Array, "R"],
+    bias_bn: Float[Array, "K N"],
+) -> Float[Array, "1 K N"]:
     return bias_bn[None]

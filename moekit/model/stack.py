@@ -31,6 +31,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+Shape = tuple[int, ...]
 OptionalKey = Key[Array, ""] | None  # None: deterministic evaluation
 Routed = tuple[LayerStats, TokenRouting] | None  # of an MoE layer; None when dense
 
@@ -69,7 +70,7 @@ class Layer(nnx.Module):
         stack_name: str,
         sparse: bool,
         *,
-        stack: tuple[int, ...],
+        stack: Shape,
         mesh: Mesh | None,
         rngs: nnx.Rngs,
     ):
@@ -87,7 +88,10 @@ class Layer(nnx.Module):
         self.dropout_rate = cfg.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: Context, key: OptionalKey
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        key: OptionalKey,
     ) -> tuple[Float[Array, "B L D"], Routed]:
         """The layer applied to whole sequences."""
         self_key, cross_key, ffn_key = split_key(key, 3)
@@ -101,24 +105,37 @@ class Layer(nnx.Module):
         return self.feed_forward(x, context, ffn_key)
 
     def feed_forward(
-        self, x: Float[Array, "B L D"], context: Context, key: OptionalKey, drop: bool = True
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        key: OptionalKey,
+        drop: bool = True,
     ) -> tuple[Float[Array, "B L D"], Routed]:
         """The residual branches after attention; `drop=False`: experts have room for all tokens."""
         moe_key, ffn_key, extra_key = split_key(key, 3)
         normed = self.ffn_norm(x)
         if self.moe is None:
-            return x + dropout(self.ffn(normed), self.dropout_rate, ffn_key), None
+            y = self.ffn(normed)
+            return x + dropout(y, self.dropout_rate, ffn_key), None
         y, stats, routing = self.moe(
-            normed, context.mask, key=moe_key, token_ids=context.token_ids, drop=drop
+            normed,
+            context.mask,
+            key=moe_key,
+            token_ids=context.token_ids,
+            drop=drop,
         )
         x = x + dropout(y, self.dropout_rate, ffn_key)
         if self.extra_ffn is not None:
-            y = self.extra_ffn(self.extra_norm(x))
+            normed = self.extra_norm(x)
+            y = self.extra_ffn(normed)
             x = x + dropout(y, self.dropout_rate, extra_key)
         return x, (stats, routing)
 
     def decode(
-        self, x: Float[Array, "B 1 D"], context: Context, cache: LayerCache
+        self,
+        x: Float[Array, "B 1 D"],
+        context: Context,
+        cache: LayerCache,
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
         """The layer applied to one more token, with the cache of the tokens before it."""
         normed = self.self_norm(x)
@@ -135,11 +152,11 @@ class Layer(nnx.Module):
         return x, cache
 
 
-def _norm(cfg: ModelConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> RMSNorm:
+def _norm(cfg: ModelConfig, stack: Shape, rngs: nnx.Rngs) -> RMSNorm:
     return RMSNorm(cfg.d_model, stack=stack, rngs=rngs)
 
 
-def _attention(cfg: ModelConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> Attention:
+def _attention(cfg: ModelConfig, stack: Shape, rngs: nnx.Rngs) -> Attention:
     return Attention(
         cfg.d_model,
         cfg.num_heads,
@@ -150,7 +167,7 @@ def _attention(cfg: ModelConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> Atte
     )
 
 
-def _ffn(cfg: ModelConfig, d_ff: int, stack: tuple[int, ...], rngs: nnx.Rngs) -> FFN:
+def _ffn(cfg: ModelConfig, d_ff: int, stack: Shape, rngs: nnx.Rngs) -> FFN:
     return FFN(
         cfg.d_model,
         d_ff,
@@ -164,7 +181,7 @@ def _ffn(cfg: ModelConfig, d_ff: int, stack: tuple[int, ...], rngs: nnx.Rngs) ->
 def _moe(
     cfg: ModelConfig,
     stack_name: str,
-    stack: tuple[int, ...],
+    stack: Shape,
     mesh: Mesh | None,
     rngs: nnx.Rngs,
 ) -> MoE:
@@ -214,7 +231,8 @@ def run_layer(
         one = 1 + jnp.minimum(block_index, 0)
         state = jax.tree.map(lambda weight: weight * one.astype(weight.dtype), state)
         layer = nnx.merge(graphdef, state)
-        return layer(x, replace(context, bias=bias, memory=memory), key)
+        own_context = replace(context, bias=bias, memory=memory)
+        return layer(x, own_context, key)
 
     return run(state, x, context.bias, context.memory, key)
 
@@ -234,9 +252,8 @@ class Stack(nnx.Module):
         for index in range(self.layers_per_block):
             is_last = index == self.layers_per_block - 1
             sparse = num_sparse > 0 and is_last
-            self.blocks.append(
-                Layer(cfg, name, sparse, stack=(self.num_blocks,), mesh=mesh, rngs=rngs)
-            )
+            layer = Layer(cfg, name, sparse, stack=(self.num_blocks,), mesh=mesh, rngs=rngs)
+            self.blocks.append(layer)
         self.bias = RelativeBias(
             cfg.num_heads,
             bidirectional=name == "encoder",
@@ -249,13 +266,17 @@ class Stack(nnx.Module):
         self.dropout_rate = cfg.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: Context, key: OptionalKey
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        key: OptionalKey,
     ) -> tuple[Float[Array, "B L D"], Routed]:
         """Final states, and statistics and routing stacked over the MoE layers (None: dense)."""
         first_key, last_key, layers_key = split_key(key, 3)
         layer_keys = None
         if key is not None:
-            layer_keys = jax.random.split(layers_key, (self.num_blocks, self.layers_per_block))
+            shape = (self.num_blocks, self.layers_per_block)
+            layer_keys = jax.random.split(layers_key, shape)
 
         def block(layers: nnx.List, x: Array, inputs: tuple[Any, Array]) -> tuple[Array, Routed]:
             keys, block_index = inputs
@@ -265,19 +286,25 @@ class Stack(nnx.Module):
                 layer_key = None if keys is None else keys[index]
                 # The barrier orders the backward pass: a layer adds its part to the gradient of
                 # the bias table before the next layer starts.
-                x, table = jax.lax.optimization_barrier((constrain_batch(x), table))
+                x = constrain_batch(x)
+                x, table = jax.lax.optimization_barrier((x, table))
                 bias = replace(context.bias, table=table)
                 layer_context = replace(context, bias=bias)
                 x, routed = run_layer(layer, x, layer_context, layer_key, block_index)
             return constrain_batch(x), routed
 
         x = dropout(x, self.dropout_rate, first_key)
-        block_indices = jnp.arange(self.num_blocks)
-        x, routed = self.scan(block, x, (layer_keys, block_indices), context.remat)
-        return dropout(self.norm(x), self.dropout_rate, last_key), routed
+        inputs = (layer_keys, jnp.arange(self.num_blocks))
+        x, routed = self.scan(block, x, inputs, context.remat)
+        x = self.norm(x)
+        return dropout(x, self.dropout_rate, last_key), routed
 
     def scan(
-        self, block: Callable, x: Float[Array, "B L D"], inputs: Any, remat: str = "none"
+        self,
+        block: Callable,
+        x: Float[Array, "B L D"],
+        inputs: Any,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Run all blocks, one after the other.
 
@@ -292,7 +319,8 @@ class Stack(nnx.Module):
 
         def body(x: Array, sliced: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, block_inputs = sliced
-            return block(nnx.merge(graphdef, state), x, block_inputs)
+            layers = nnx.merge(graphdef, state)
+            return block(layers, x, block_inputs)
 
         # Unroll short stacks on CPU: scan copies each iteration's weights. Not with remat:
         # unrolled, XLA recomputes all layers at once.

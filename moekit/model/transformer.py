@@ -5,7 +5,7 @@ B batch, L input length, T target length, D d_model, N heads, H head dimension, 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, no_type_check
 
 import jax
@@ -25,6 +25,7 @@ from moekit.moe.layer import LayerStats, TokenRouting
 from moekit.sharding import check_mesh, param, use_mesh, with_gathered_parameters
 
 Method = TypeVar("Method", bound=Callable)
+KeysValues = tuple[Array, Array]  # stacked over the layers of a block
 
 
 @no_type_check  # pytrees: tree.map rebuilds them around leaves of any shape
@@ -77,7 +78,8 @@ class EncoderDecoder(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None):
-        check_mesh(mesh, cfg.name, experts=cfg.num_experts, **cfg.split_by_model())
+        model_sizes = cfg.split_by_model()
+        check_mesh(mesh, cfg.name, experts=cfg.num_experts, **model_sizes)
         rngs = nnx.Rngs(params=seed)
         with use_mesh(mesh):
             shape = (cfg.vocab_size, cfg.d_model)
@@ -134,7 +136,8 @@ class EncoderDecoder(nnx.Module):
             remat=remat,
         )
         states, routed = self.encoder(self._embed(inputs), context, key)
-        stats, routing = {}, {}
+        stats = {}
+        routing = {}
         if routed is not None:
             stats["encoder"], routing["encoder"] = routed
         return Encoded(states, segments, stats, routing if trace else None)
@@ -162,7 +165,8 @@ class EncoderDecoder(nnx.Module):
             remat=remat,
         )
         states, routed = self.decoder(self._embed(tokens), context, key)
-        stats, routing = dict(encoded.stats), dict(encoded.routing or {})
+        stats = dict(encoded.stats)
+        routing = dict(encoded.routing or {})
         if routed is not None:
             stats["decoder"], routing["decoder"] = routed
         return Output(self._logits(states), stats, routing if trace else None)
@@ -171,19 +175,23 @@ class EncoderDecoder(nnx.Module):
     def start_cache(self, encoded: Encoded, length: int) -> Cache:
         """An empty cache for up to `length` decoded tokens of each example."""
 
-        def block(layers: nnx.List, states: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-            keys, values = [], []
+        def block(layers: nnx.List, states: Array, _: None) -> tuple[Array, KeysValues]:
+            keys = []
+            values = []
             for layer in layers:
                 layer_keys, layer_values = layer.cross_attention.keys_values(states)
                 keys.append(layer_keys)
                 values.append(layer_values)
             return states, (jnp.stack(keys), jnp.stack(values))
 
-        _, (memory_keys, memory_values) = self.decoder.scan(block, encoded.states, None)
+        _, memory = self.decoder.scan(block, encoded.states, None)
+        memory_keys, memory_values = memory
         *leading, _, num_heads, head_dim = memory_keys.shape
-        empty = jnp.zeros((*leading, length, num_heads, head_dim), memory_keys.dtype)
+        shape = (*leading, length, num_heads, head_dim)
+        empty = jnp.zeros(shape, memory_keys.dtype)
         layers = LayerCache(empty, empty, memory_keys, memory_values)
-        return Cache(layers, encoded.segments, step=jnp.zeros((), jnp.int32))
+        first_step = jnp.zeros((), jnp.int32)
+        return Cache(layers, encoded.segments, first_step)
 
     @_with_mesh
     def decode_step(
@@ -193,32 +201,34 @@ class EncoderDecoder(nnx.Module):
 
         No token is dropped while decoding: every expert has room for all of them.
         """
-        positions = jnp.arange(cache.layers.keys.shape[3])
-        decoded = positions <= cache.step
+        length = cache.layers.keys.shape[3]
+        positions = jnp.arange(length)
+        is_decoded = positions <= cache.step
+        is_input = cache.segments > 0
+        tokens = tokens[:, None]
         context = Context(
-            mask=jnp.ones((tokens.shape[0], 1), bool),
-            token_ids=tokens[:, None],
-            self_mask=decoded[None, None, None, :],
+            mask=jnp.ones(tokens.shape, bool),
+            token_ids=tokens,
+            self_mask=is_decoded[None, None, None, :],
             bias=self.decoder.bias(cache.step[None], positions),
-            cross_mask=(cache.segments > 0)[:, None, None, :],
+            cross_mask=is_input[:, None, None, :],
             step=cache.step,
         )
 
-        def block(
-            layers: nnx.List, x: Array, caches: LayerCache
-        ) -> tuple[Array, tuple[Array, Array]]:
-            keys, values = [], []
+        def block(layers: nnx.List, x: Array, caches: LayerCache) -> tuple[Array, KeysValues]:
+            keys = []
+            values = []
             for index, layer in enumerate(layers):
                 x, layer_cache = layer.decode(x, context, caches[index])
                 keys.append(layer_cache.keys)
                 values.append(layer_cache.values)
             return x, (jnp.stack(keys), jnp.stack(values))
 
-        x = self._embed(tokens[:, None])
-        x, (keys, values) = self.decoder.scan(block, x, cache.layers)
-        logits = self._logits(self.decoder.norm(x))[:, 0]
-        layers = LayerCache(keys, values, cache.layers.memory_keys, cache.layers.memory_values)
-        return logits, Cache(layers, cache.segments, cache.step + 1)
+        x, updated = self.decoder.scan(block, self._embed(tokens), cache.layers)
+        logits = self._logits(self.decoder.norm(x))
+        keys, values = updated
+        layers = replace(cache.layers, keys=keys, values=values)
+        return logits[:, 0], Cache(layers, cache.segments, cache.step + 1)
 
     def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         # look up in float32: the gradient of a frequent token is a long sum
@@ -230,9 +240,8 @@ class EncoderDecoder(nnx.Module):
             return with_gathered_parameters(float32_logits, x.dtype, x, self.head_dv)
         # T5 v1.0 scales tied logits, because rows of the embedding have unit variance
         scaled = x.astype(jnp.float32) * self.cfg.d_model**-0.5
-        return with_gathered_parameters(
-            _tied_logits, x.dtype, scaled.astype(x.dtype), self.embedding_vd
-        )
+        scaled = scaled.astype(x.dtype)
+        return with_gathered_parameters(_tied_logits, x.dtype, scaled, self.embedding_vd)
 
 
 def _output_head(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -240,12 +249,16 @@ def _output_head(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
     return param(rngs, shape, ("embed", "vocab"), fan_in=cfg.d_model)
 
 
-def _look_up(tokens: Int[Array, "B L"], table_vd: Float[Array, "V D"]) -> Float[Array, "B L D"]:
+def _look_up(
+    tokens: Int[Array, "B L"],
+    table_vd: Float[Array, "V D"],
+) -> Float[Array, "B L D"]:
     return table_vd[tokens]
 
 
 def _tied_logits(
-    x: Float[Array, "B T D"], embedding_vd: Float[Array, "V D"]
+    x: Float[Array, "B T D"],
+    embedding_vd: Float[Array, "V D"],
 ) -> Float[Array, "B T V"]:
     return float32_logits(x, embedding_vd.T)
 
@@ -257,24 +270,37 @@ def with_config(model: EncoderDecoder, cfg: ModelConfig) -> EncoderDecoder:
       ValueError: the configuration has other parameters than the model.
     """
     abstract = nnx.eval_shape(lambda: EncoderDecoder(cfg, mesh=model.mesh))
-    graphdef, wanted = nnx.split(abstract)
-    wanted = dict(nnx.to_flat_state(wanted))
+    graphdef, abstract_state = nnx.split(abstract)
+    wanted = dict(nnx.to_flat_state(abstract_state))
     existing = dict(nnx.to_flat_state(nnx.state(model)))
-    for path in sorted(wanted.keys() | existing.keys(), key=str):
-        shapes = [state[path].shape if path in state else None for state in (existing, wanted)]
-        if shapes[0] != shapes[1]:
+    _check_same_parameters(existing, wanted)
+    copies = {}
+    for path, variable in wanted.items():
+        value = jnp.copy(existing[path][...])
+        copies[path] = variable.replace(value)
+    return nnx.merge(graphdef, nnx.from_flat_state(copies))
+
+
+def _check_same_parameters(
+    existing: dict[tuple, nnx.Variable],
+    wanted: dict[tuple, nnx.Variable],
+) -> None:
+    paths = existing.keys() | wanted.keys()
+    for path in sorted(paths, key=str):
+        old_shape = existing[path].shape if path in existing else None
+        new_shape = wanted[path].shape if path in wanted else None
+        if old_shape != new_shape:
             name = "/".join(map(str, path))
             raise ValueError(
-                f"the configuration changes the parameter {name} from {shapes[0]} to {shapes[1]}: "
+                f"the configuration changes the parameter {name} from {old_shape} to {new_shape}: "
                 "with_config only changes settings; use EncoderDecoder(cfg) for a new model"
             )
-    copied = {
-        path: variable.replace(jnp.copy(existing[path][...])) for path, variable in wanted.items()
-    }
-    return nnx.merge(graphdef, nnx.from_flat_state(copied))
 
 
-def shift_right(targets: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def shift_right(
+    targets: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> Int[Array, "B T"]:
     """Input tokens of the decoder: the previous target, or padding where an example starts."""
     previous = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, PAD, previous)

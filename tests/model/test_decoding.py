@@ -1,5 +1,6 @@
 """Arguments of `generate`: one text or several, and values that it refuses."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,3 +74,10 @@ def test_answers_end_at_the_end_of_sequence(model):
         assert row.shape == (8,)
         after = np.cumsum(row == 1) - (row == 1)  # ends of sequence before each position
         assert not row[after > 0].any()
+
+
+def test_a_model_of_nan_parameters_is_refused(model):
+    broken = mk.with_config(model, model.cfg)
+    broken.embedding_vd[...] = jnp.full_like(broken.embedding_vd[...], jnp.nan)
+    with pytest.raises(ValueError, match="parameters of t5-nano are not finite"):
+        mk.generate(broken, "text", max_new_tokens=8)
