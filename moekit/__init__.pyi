@@ -44,6 +44,9 @@ from .data.batch import (
     pad_prompts as pad_prompts,
     unigram_entropy as unigram_entropy,
 )
+from .data.corpora import (
+    corpus as corpus,
+)
 from .data.flan import (
     flan_mixture as flan_mixture,
 )
@@ -52,9 +55,6 @@ from .data.loader import (
 )
 from .data.mixture import (
     Mixture as Mixture,
-)
-from .data.sources import (
-    corpus as corpus,
 )
 from .data.span_corruption import (
     restore as restore,

@@ -27,10 +27,11 @@ from moekit.analysis.specialization import domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
 from moekit.config import ModelConfig, TrainConfig, preset
 from moekit.data.batch import unigram_entropy
+from moekit.data.corpora import corpus as open_corpus
+from moekit.data.files import data_dir
 from moekit.data.flan import flan_mixture
 from moekit.data.loader import batches
 from moekit.data.mixture import Mixture, PromptFormats
-from moekit.data.sources import corpus as open_corpus, data_dir
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
 from moekit.data.text import Corpus

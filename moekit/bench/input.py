@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from moekit.data.cache import cache_folder
+from moekit.data.corpora import corpus
 from moekit.data.flan import flan_mixture
 from moekit.data.loader import Stream, batches
 from moekit.data.mixture import Mixture
 from moekit.data.packing import propose_lengths
-from moekit.data.sources import corpus
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -34,7 +34,7 @@ def unigram(mixture: Mixture, vocab_size: int = 8192) -> Tokenizer:
     """A SentencePiece model of the data folder's text and the mixture, trained once and kept."""
     path = cache_folder() / f"unigram-{vocab_size}-{mixture.digest()}.model"
     if not path.exists():
-        documents = corpus("mirror").documents("train")[::100]
+        documents = corpus("local").documents("train")[::100]
         texts = [document.text for document in documents]
         for prompt in mixture.sample(3000):
             texts.append(f"{prompt.input}\n{prompt.target}")

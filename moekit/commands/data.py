@@ -1,10 +1,9 @@
 """moekit data list | describe | fetch | check."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
@@ -12,19 +11,12 @@ from moekit.commands.flags import names, require_at_least, require_seed
 from moekit.commands.output import AsJson, print_result
 
 
-class Available(NamedTuple):
-    """A line of `moekit data list`: what exists, whether it is here, what it has or lacks."""
-
-    kind: str
-    name: str
-    here: bool
-    about: str
-
-
 def list_data(json: AsJson = False) -> int:
     """List mixtures, suites, corpora and hub sources, and which of them are here."""
+    from moekit.data.catalogue import catalogue
+
     root = _data_folder()
-    rows = list(_available(root))
+    rows = catalogue(root)
     lines = [f"data folder: {root or 'none (set MOEKIT_DATA)'}"]
     for row in rows:
         here = "here" if row.here else "-"
@@ -33,37 +25,8 @@ def list_data(json: AsJson = False) -> int:
     return 0
 
 
-def _available(root: Path | None) -> Iterator[Available]:
-    from moekit.data.collection import MIXTURES
-    from moekit.data.hub import copies, sources
-    from moekit.data.sources import TEXT_DOMAINS
-    from moekit.data.suites import SUITES, suite
-
-    yield Available("mixture", "builtin", True, "")
-    tasks_by_group = _tasks_by_group()
-    for name, parts in MIXTURES.items():
-        sizes = {}
-        for part, submixture in parts.items():
-            sizes[part] = sum(tasks_by_group.get(group, 0) for group in submixture.groups)
-        about = ", ".join(f"{part} {size} tasks" for part, size in sizes.items())
-        yield Available("mixture", name, any(sizes.values()), about)
-    for name in SUITES:
-        try:
-            yield Available("suite", name, True, f"{len(suite(name).tasks)} tasks")
-        except (OSError, ValueError) as problem:
-            yield Available("suite", name, False, str(problem))
-    for part in ("builtin", *TEXT_DOMAINS):
-        here = part == "builtin" or bool(root and (root / "text" / part).is_dir())
-        yield Available("corpus", part, here, "")
-    for name, source in sources().items():
-        split = next(iter(source.splits))
-        here = bool(copies(source, split, root))
-        about = f"{source.path}, {source.group or 'evaluation'}"
-        yield Available("hub source", name, here, about)
-
-
 def _data_folder() -> Path | None:
-    from moekit.data.sources import data_dir
+    from moekit.data.files import data_dir
 
     try:
         return data_dir()
@@ -71,21 +34,10 @@ def _data_folder() -> Path | None:
         return None
 
 
-def _tasks_by_group() -> dict[str, int]:
-    """Number of tasks of each group in the data folder."""
-    from moekit.data.flan import tasks_of
-
-    try:
-        groups = tasks_of("mirror", None)
-    except FileNotFoundError:
-        return {}
-    return {group: len(tasks) for group, tasks in groups.items()}
-
-
 def describe(
     *,
     mixture: str = "builtin",
-    source: str = "mirror",
+    source: str = "local",
     corpus: str = "",
     task: str = "",
     by: str = "cluster",
@@ -103,9 +55,9 @@ def describe(
 
     Args:
       mixture: builtin, flan2022, flan-t5 or flan-ablation.
-      source: Source of the mixture: mirror (the data folder), hub (ready-made) or hub-raw (raw
+      source: Source of the mixture: local (the data folder), hub (ready-made) or hub-raw (raw
         sets of the hub with our templates).
-      corpus: Describe text for pretraining instead: builtin, mirror, or parts such as
+      corpus: Describe text for pretraining instead: builtin, local, or parts such as
         books,speeches.
       task: Describe this task alone.
       by: Rows of the table: cluster or task.
@@ -120,6 +72,8 @@ def describe(
       on_error: What to do with malformed rows: stop or skip.
     """
     import moekit as mk
+    from moekit.data.datasets import licences
+    from moekit.data.files import escaped
     from moekit.data.packing import propose_lengths
     from moekit.errors import unknown
 
@@ -144,14 +98,17 @@ def describe(
         overview.plot().savefig(plot)
     lengths = propose_lengths(mix, counter)
     prompts = mix.sample(samples, seed=seed)
-    shown = [f"--- {each.task}\n{each.input}\n>>> {each.target}" for each in prompts]
+    shown = [escaped(f"--- {each.task}\n{each.input}\n>>> {each.target}") for each in prompts]
+    restricted = licences(mix.tasks)
+    notes = [f"licence of {name}: {licence}" for name, licence in restricted.items()]
     result = overview.to_dict()
     result["rates"] = mix.rates
     result["lengths"] = asdict(lengths)
+    result["licences"] = restricted
     result["samples"] = [
         {"task": each.task, "input": each.input, "target": each.target} for each in prompts
     ]
-    print_result(result, "\n".join([overview.table(by), str(lengths), *shown]), json)
+    print_result(result, "\n".join([overview.table(by), *notes, str(lengths), *shown]), json)
     return 0
 
 
@@ -197,7 +154,7 @@ def fetch(
       yes: Download without a question.
     """
     from moekit.data.fetch import as_text, fetch as download, plan
-    from moekit.data.sources import data_dir
+    from moekit.data.files import data_dir
 
     if not sources:
         raise ValueError("name the sources to fetch, as `moekit data list` names them")

@@ -89,7 +89,7 @@ def _packages() -> tuple[dict[str, str | None], list[str]]:
 
 def _data() -> tuple[dict[str, Any], list[str]]:
     """The parts of the data folder that are found, and what is missing."""
-    from moekit.data.sources import TEXT_DOMAINS
+    from moekit.data.corpora import TEXT_DOMAINS
 
     folder = os.environ.get("MOEKIT_DATA")
     parts = PARTS | {f"text/{part}": f"text: {domain}" for part, domain in TEXT_DOMAINS.items()}

@@ -24,7 +24,7 @@ def train(
     *,
     preset: str = "st-nano",
     mixture: str = "builtin",
-    source: str = "mirror",
+    source: str = "local",
     hold_out: str = "",
     corpus: str = "",
     checkpoint: Path | None = None,
@@ -46,10 +46,10 @@ def train(
       workdir: Folder for metrics and checkpoints; a run that it holds is resumed.
       preset: Model to train, one of `moekit doctor --presets`.
       mixture: FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation.
-      source: Source of the mixture: mirror (the data folder), hub (ready-made) or hub-raw (raw
+      source: Source of the mixture: local (the data folder), hub (ready-made) or hub-raw (raw
         sets of the hub with our templates).
       hold_out: Leave out tasks that overlap with these suites, such as mmlu,bbh.
-      corpus: Pretrain on this text instead: builtin, mirror, or parts such as books,speeches.
+      corpus: Pretrain on this text instead: builtin, local, or parts such as books,speeches.
       checkpoint: Start from this model instead of a new one.
       router: Another router: switch, top2, gshard, expert-choice, loss-free, hash, random.
       tokenizer: Path of a SentencePiece model; by default the preset's tokenizer.

@@ -2,29 +2,22 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from moekit.data.fetch import sha256
-from moekit.data.hub import Source, copies, open_table, sources
-from moekit.data.mirror import Mirror
-from moekit.data.prompted import prompted_tasks
-from moekit.data.sources import (
-    KINDS,
-    TEXT_DOMAINS,
-    BadFile,
-    BadRow,
-    data_dir,
-    read_manifest,
-    read_text,
-    scan,
-)
-from moekit.data.suites import SETS
+from moekit.data.corpora import TEXT_DOMAINS, read_text
+from moekit.data.datasets import Access, copy_task, datasets, find_copies
+from moekit.data.files import KINDS, BadFile, BadRow, data_dir, read_manifest, scan, sha256
+from moekit.data.instructions import FOLDERS, instruction_tasks
+from moekit.data.niv2 import niv2_tasks
+from moekit.data.published import bbh_tasks
+from moekit.data.ready_made import ready_made_copies, ready_made_tasks
 from moekit.data.tasks import Task
+
+Tell = Callable[[Path, int, str], None]  # file, row (0: the file as a whole), problem
 
 
 @dataclass(frozen=True, order=True)
@@ -36,11 +29,8 @@ class Fault:
     problem: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}:{self.row}: {self.problem}"
-            if self.row
-            else f"{self.path}: {self.problem}"
-        )
+        where = f"{self.path}:{self.row}" if self.row else self.path
+        return f"{where}: {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,7 @@ def check(folder: str | Path | None = None) -> Report:
     faults: set[Fault] = set()
 
     def tell(path: Path, row: int, problem: str) -> None:
-        short = problem.removeprefix(f"{path}: ")
+        short = problem.removeprefix(f"{path}:{row}: ").removeprefix(f"{path}: ")
         faults.add(Fault(str(path.relative_to(root)), row, " ".join(short.split())))
 
     listed = _check_manifest(root, tell)
@@ -74,7 +64,7 @@ def check(folder: str | Path | None = None) -> Report:
     return Report(sorted(faults), len(counted), sum(counted.values()), len(listed))
 
 
-def _check_manifest(root: Path, tell: Callable) -> dict[str, dict]:
+def _check_manifest(root: Path, tell: Tell) -> dict[str, dict]:
     """Sizes and checksums; returns the manifest's entries."""
     manifest = root / "manifest.json"
     try:
@@ -86,35 +76,39 @@ def _check_manifest(root: Path, tell: Callable) -> dict[str, dict]:
         path = root / name
         if not path.is_file():
             tell(path, 0, "is in the manifest but missing")
-        elif (size := path.stat().st_size) != entry["bytes"]:
-            tell(path, 0, f"{size} bytes instead of {entry['bytes']}")
+        elif path.stat().st_size != entry["bytes"]:
+            tell(path, 0, f"{path.stat().st_size} bytes instead of {entry['bytes']}")
         elif sha256(path) != entry["sha256"]:
             tell(path, 0, "another sha256 than the manifest has")
     return listed
 
 
-def _check_counts(root: Path, listed: dict[str, dict], tell: Callable) -> dict[Path, int]:
-    """Rows of every file of a known kind, compared with the manifest; which cannot be read."""
+def _check_counts(root: Path, listed: dict[str, dict], tell: Tell) -> dict[Path, int]:
+    """Rows of every file of a known kind, compared with the manifest."""
     counted: dict[Path, int] = {}
-    paths = [p for p in sorted(root.rglob("*")) if p.name.endswith(KINDS) and p.is_file()]
-    paths = [
-        p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)
-    ]
-    for path in tqdm(paths, desc="count rows", unit="file", leave=False):
-        if path == root / "manifest.json" or path.name == "dataset_infos.json":
-            continue
+    for path in tqdm(_data_files(root), desc="count rows", unit="file", leave=False):
         wanted = listed.get(str(path.relative_to(root)), {}).get("rows")
         try:
             counted[path] = _count(path, tell)
         except BadFile as problem:
-            tell(path, problem.number, str(problem))
+            tell(path, problem.row, str(problem))
         else:
             if wanted is not None and counted[path] != wanted:
                 tell(path, 0, f"{counted[path]} rows instead of {wanted}")
     return counted
 
 
-def _count(path: Path, tell: Callable) -> int:
+def _data_files(root: Path) -> list[Path]:
+    found = []
+    for path in sorted(root.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        about = path == root / "manifest.json" or path.name == "dataset_infos.json"
+        if path.name.endswith(KINDS) and path.is_file() and not hidden and not about:
+            found.append(path)
+    return found
+
+
+def _count(path: Path, tell: Tell) -> int:
     count = 0
     # a .tsv has no row of names; cells are counted, not named
     for number, row in scan(path, ("",) if path.suffix == ".tsv" else ()):
@@ -124,65 +118,60 @@ def _count(path: Path, tell: Callable) -> int:
     return count
 
 
-def _loads(root: Path, tell: Callable) -> Iterator[Callable[[], object]]:
-    """Calls that read everything that the kit would, telling of what is wrong."""
-    mirror = Mirror(root, tell)
-    tasks: list[Task | None] = [*mirror.niv2("train"), *mirror.niv2("test"), *mirror.cot()]
-    tasks += [mirror.dolly(), *(read(mirror) for read in SETS.values())]
-    tasks += mirror.mmlu() if (root / "mmlu").is_dir() else []
-    tasks += mirror.bbh() if (root / "bbh").is_dir() else []
-    for group, folder in (("t0", "p3"), *((g, g) for g in ("flan2021", "t0", "dialog", "program"))):
-        try:
-            prompted_tasks(mirror, group, folder)  # reads every row
-        except ValueError as problem:
-            tell(root / folder, 0, str(problem))
-    for task in tasks:
-        for split in task.splits if task else ():
-            yield functools.partial(_load, task, split)
+def _loads(root: Path, tell: Tell) -> Iterator[Callable[[], object]]:
+    """Calls that read everything that the kit would, and report what is wrong."""
+    for task in _tasks(root, tell):
+        for split in task.splits:
+            yield functools.partial(_load, task, split, root, tell)
     for part, domain in TEXT_DOMAINS.items():
         for split in ("train", "valid"):
             yield functools.partial(read_text, root / "text" / part, split, domain, tell)
-    for each in sources().values():
-        for split in each.splits:
-            if copies(each, split, root):
-                yield functools.partial(_check_copy, each, split, root, tell)
     for path in sorted(root.glob("templates/**/*.yaml")):
         yield functools.partial(_check_templates, path, tell)
 
 
-def _load(task: Task, split: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # the manifest tells
-        task.load(split)
-
-
-def _check_copy(each: Source, split: str, root: Path, tell: Callable) -> None:
-    folder = copies(each, split, root)[0].parent
-    try:
-        found = open_table(each, split, root)
-    except ValueError as problem:
-        tell(folder, 0, str(problem))
-        return
-    for number, row in enumerate(tqdm(found, desc=each.name, leave=False)):
+def _tasks(root: Path, tell: Tell) -> Iterator[Task]:
+    """Every task of a folder: of its own files, and of fetched copies."""
+    yield from niv2_tasks(root, "train", tell)
+    yield from niv2_tasks(root, "test", tell)
+    yield from bbh_tasks(root, tell)
+    for each in datasets().values():
+        access = Access(root, on_error=tell)
+        for copy in find_copies(each, access):
+            yield copy_task(each, copy, access)
+    for group, folders in FOLDERS.items():
         try:
-            each.example(row, number)
+            yield from instruction_tasks(root, group, datasets(), tell)
         except ValueError as problem:
-            tell(folder, number + 1, str(problem))
+            tell(root / folders[-1], 0, str(problem))
+        if ready_made_copies(group, root):
+            yield from ready_made_tasks(group, Access(root, on_error=tell))
 
 
-def _check_templates(path: Path, tell: Callable) -> None:
-    """promptsource files: every template parts prompt and target by three bars."""
+def _load(task: Task, split: str, root: Path, tell: Tell) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):  # the manifest reports it
+            task.load(split)
+    except ValueError as problem:
+        path, _, message = str(problem).partition(": ")
+        tell(Path(path) if Path(path).is_relative_to(root) else root, 0, message)
+
+
+def _check_templates(path: Path, tell: Tell) -> None:
+    """promptsource files: every template separates prompt and target by three bars."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_multi_constructor(
-        "!", lambda loader, tag, node: loader.construct_mapping(node, deep=True)
-    )
+    def mapping(loader: yaml.SafeLoader, tag: str, node: yaml.MappingNode) -> dict:
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_multi_constructor("!", mapping)
     try:
         content = yaml.load(path.read_text("utf-8"), Loader)
         templates = content["templates"].values()
-        bad = [t.get("name") for t in templates if not re.search(r"\|\|\|", t["jinja"])]
+        bad = [each.get("name") for each in templates if "|||" not in each["jinja"]]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
         tell(path, 0, f"not a promptsource file ({type(problem).__name__}: {problem})")
     else:

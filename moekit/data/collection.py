@@ -12,8 +12,8 @@ _TABLE = tomllib.loads(files("moekit.data").joinpath("flan.toml").read_text("utf
 
 @dataclass(frozen=True)
 class SubMixture:
-    """A part of a mixture: its share of all examples, the most examples that count of one task,
-    and the groups of tasks that it is made of."""
+    """A sub-mixture: its share of all examples, the cap (the most examples of one task that count),
+    and the groups of its tasks."""
 
     share: float
     cap: int
@@ -36,18 +36,24 @@ def listed(group: str) -> dict[str, str]:
 
 @functools.cache
 def _known(group: str) -> tuple[tuple[str, str], ...]:
-    """Beginnings of names and their clusters, the longest first."""
+    """Prefixes of names and their clusters, the longest first."""
     clusters = listed(group)
     aliases = {a: clusters[task] for a, task in _TABLE["aliases"].items() if task in clusters}
     return tuple(sorted((clusters | aliases).items(), key=lambda item: -len(item[0])))
 
 
 def cluster_of(group: str, task: str) -> str:
-    """The cluster of a task, however a set calls it ("cot_gsm8k_ii", "ai2_arc/ARC-Easy:1.0.0");
-    the group's name for one that is not listed."""
+    """The cluster of a task in any spelling ("cot_gsm8k_ii", "ai2_arc/ARC-Easy:1.0.0"); the group's
+    name for a task that is not listed."""
     names = [task, task.partition("_")[2], task.rpartition("/")[2]]
     for name in names:
         for start, cluster in _known(group):
             if name.startswith(start):
                 return cluster
     return group
+
+
+def published_size(task: str) -> int:
+    """Examples of a chain-of-thought set in FLAN's release, 0 for any other task: some sets are
+    larger on the hub, and rates must not depend on where the files are."""
+    return _TABLE["examples"].get(task, 0)

@@ -1,37 +1,60 @@
-"""Evaluation suites: named groups of tasks with the way in which a benchmark asks them."""
+"""Evaluation suites: named groups of tasks with the way in which a benchmark prompts for them."""
 
 import functools
 import logging
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from moekit.data.hub import raw_task, sources
-from moekit.data.mirror import Mirror
+from moekit.data.builtin.tasks import builtin_tasks
+from moekit.data.datasets import Access, dataset, dataset_task, find_copy
+from moekit.data.files import data_dir as data_folder
+from moekit.data.niv2 import niv2_tasks
+from moekit.data.published import bbh_tasks, mmlu_tasks
 from moekit.data.tasks import Example, Task
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")
-PAPER = ("mmlu", "bbh", "reasoning", "qa")  # what the paper's normalised average is taken over
-WORD_PROBLEMS = ("svamp", "asdiv")  # have no train split
-HUB_NAMES = {"boolq": "bool_q"}
+PAPER = ("mmlu", "bbh", "reasoning", "qa")  # the suites of the paper's normalised average
+WORD_PROBLEMS = ("svamp", "asdiv")  # evaluated with exemplars of our own
+SETS = (  # single data sets
+    "gsm8k",
+    "svamp",
+    "asdiv",
+    "strategyqa",
+    "aqua",
+    "ai2_science_elementary",
+    "boolq",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "piqa",
+    "winogrande",
+    "social_i_qa",
+)
+GROUPS = {
+    "reasoning": ("gsm8k", "svamp", "asdiv", "strategyqa"),
+    "qa": ("ai2_science_elementary", "boolq", "arc_easy", "arc_challenge"),
+}
+COLLECTIONS = ("niv2-valid", "niv2-test", "bbh", "mmlu")
+SUITES = ("builtin", "builtin-heldin", *COLLECTIONS, *GROUPS, *SETS)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks and how they are asked unless `evaluate` is told otherwise.
+    """Tasks, and how they are prompted unless `evaluate` gets other arguments.
 
     Args:
-      split: exemplars come from each task's "train" split.
-      shots: exemplars a question.
-      chain_of_thought: reason first; the answer is read out of the text.
+      split: what is evaluated; exemplars come from each task's "train" split.
+      shots: exemplars in a prompt.
+      chain_of_thought: reason first; the answer is extracted from the text.
       options: list the options in the question, in the style of that number.
       ranked: the most likely option is the answer; else, and without options, it is decoded.
-      first: ask only so many examples of a task, the first ones.
-      missing: tasks that belong here and that neither the data folder nor the hub gave.
+      first: evaluate at most that many examples of a task, the first ones.
+      missing: tasks of the suite that neither the data folder nor the hub has.
     """
 
     name: str
@@ -46,101 +69,29 @@ class Suite:
     missing: tuple[str, ...] = ()
 
 
-def _builtin(held_out: bool) -> tuple[Task, ...]:
-    from moekit.data.builtin.tasks import builtin_tasks
-
-    return tuple(task for task in builtin_tasks().values() if task.held_out == held_out)
-
-
-@functools.cache
-def _arithmetic_exemplars() -> tuple[Example, ...]:
-    text = files("moekit.data").joinpath("exemplars.toml").read_text("utf-8")
-    return tuple(
-        Example(f"exemplar/{i}", {"question": r["question"]}, r["answer"], rationale=r["why"])
-        for i, r in enumerate(tomllib.loads(text)["arithmetic"])
-    )
-
-
-def _with_exemplars(task: Task) -> Task:
-    """A task of word problems without a train split, with exemplars of our own."""
-
-    def load(split: str) -> Sequence[Example]:
-        return _arithmetic_exemplars() if split == "train" else task.load(split)
-
-    return replace(task, load=load, splits=("train", "test"))
-
-
-# single data sets of a folder, by name; most are on the hub too
-SETS: dict[str, Callable[[Mirror], Task | None]] = {
-    "gsm8k": lambda m: m.arithmetic("gsm8k"),
-    "svamp": lambda m: m.arithmetic("svamp", held_out=True),
-    "asdiv": lambda m: m.arithmetic("asdiv", held_out=True),
-    "strategyqa": lambda m: m.strategyqa(),
-    "aqua": lambda m: m.choices("aqua", "aqua", "arithmetic"),
-} | {
-    name: lambda m, name=name, held_out=held_out: m.choices(
-        name, f"mc/{name}", "question answering", held_out=held_out
-    )
-    for name, held_out in (
-        ("ai2_science_elementary", False),
-        ("boolq", False),
-        ("arc_easy", False),
-        ("arc_challenge", False),
-        ("openbookqa", False),
-        ("piqa", True),
-        ("winogrande", True),
-        ("social_i_qa", True),
-    )
-}
-_GROUPS = {
-    "reasoning": ("gsm8k", "svamp", "asdiv", "strategyqa"),
-    "qa": ("ai2_science_elementary", "boolq", "arc_easy", "arc_challenge"),
-}
-_WHOLE: dict[str, Callable[[Mirror], Sequence[Task]]] = {
-    "niv2-valid": lambda m: [task for task in m.niv2("train") if "valid" in task.splits],
-    "niv2-test": lambda m: m.niv2("test"),
-    "bbh": lambda m: m.bbh(),
-    "mmlu": lambda m: m.mmlu(),
-}
-# The shots of Chung 2022 and Shen 2023; Super-NaturalInstructions decodes every answer after two
-# positive examples and takes the first hundred instances of a task (Wang 2022).
-_NIV2 = {"shots": 2, "options": False, "ranked": False, "first": 100}
-_ASKED = {
-    "niv2-valid": {"split": "valid", **_NIV2},
-    "niv2-test": _NIV2,
-    "bbh": {"shots": 3},
-    "mmlu": {"shots": 5, "style": 3},
-} | {name: {"shots": 8, "chain_of_thought": True} for name in ("reasoning", *_GROUPS["reasoning"])}
-SUITES = ("builtin", "builtin-heldin", *_WHOLE, *_GROUPS, *SETS)
-
-
 def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
     """The suite of that name: "builtin" (its held-out clusters), "builtin-heldin" (unseen objects
-    of trained tasks), or one of the data folder's; with "-cot" behind it, by chain of thought.
-    "niv2/<task>" is a single task of Super-NaturalInstructions.
+    of trained tasks), or one of the data folder or the hub; with "-cot" appended, by chain of
+    thought. "niv2/<task>" is a single task of Super-NaturalInstructions.
 
     Raises:
       ValueError: an unknown name.
-      FileNotFoundError: neither the data folder nor the hub gives this suite.
+      FileNotFoundError: neither the data folder nor the hub has this suite.
     """
     base = name.removesuffix("-cot")
-    asked = _ASKED.get(base, {}) | ({"chain_of_thought": True} if name != base else {})
     if base.startswith("niv2/"):
-        return _single(base, name, asked, Mirror(data_dir))
-    if base not in SUITES:
+        found = _single_niv2(base, data_folder(data_dir))
+    elif base not in SUITES:
         raise unknown("suite", name, SUITES)
-    if base in ("builtin", "builtin-heldin"):
-        return Suite(name, _builtin(held_out=base == "builtin"), **asked)
-    missing: dict[str, str] = {}
-    if base in _WHOLE:
-        tasks = _WHOLE[base](Mirror(data_dir))
+    elif base in ("builtin", "builtin-heldin"):
+        found = Suite(base, _builtin(held_out=base == "builtin"))
+    elif base in COLLECTIONS:
+        found = _collection(base, data_dir)
     else:
-        tasks = [_set(each, data_dir, missing) for each in _GROUPS.get(base, (base,))]
-    tasks = tuple(task for task in tasks if task)
-    if not tasks:
-        why = "; ".join(missing.values()) or f"the data folder has no {base}"
-        raise FileNotFoundError(f"no suite {name}: {why}")
-    return Suite(name, tasks, missing=tuple(missing), **asked)
+        found = _sets(base, data_dir)
+    if name != base:
+        found = replace(found, chain_of_thought=True)
+    return replace(found, name=name)
 
 
 def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
@@ -149,28 +100,104 @@ def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
     return [suite(name.strip(), data_dir=data_dir) for name in listed.split(",")]
 
 
-def _set(name: str, data_dir: str | Path | None, missing: dict[str, str]) -> Task | None:
-    """A data set of the folder, else of the hub; None after a warning if neither has it."""
-    root = data_dir or os.environ.get("MOEKIT_DATA")
-    task, there = SETS[name](Mirror(root)) if root else None, HUB_NAMES.get(name, name)
+def _builtin(held_out: bool) -> tuple[Task, ...]:
+    return tuple(task for task in builtin_tasks().values() if task.held_out == held_out)
+
+
+def _niv2_suite(name: str, tasks: Sequence[Task], split: str) -> Suite:
+    """Super-NaturalInstructions decodes every answer after two positive examples and takes the
+    first hundred instances of a task (Wang 2022)."""
+    return Suite(name, tuple(tasks), split, shots=2, options=False, ranked=False, first=100)
+
+
+def _single_niv2(name: str, root: Path) -> Suite:
+    for folder, split in (("train", "valid"), ("test", "test")):
+        found = niv2_tasks(root, folder, only=name.removeprefix("niv2/"))
+        if found:
+            return _niv2_suite(name, found, split)
+    known = [*niv2_tasks(root, "train"), *niv2_tasks(root, "test")]
+    raise unknown("suite", name, [task.name for task in known])
+
+
+def _collection(name: str, data_dir: str | Path | None) -> Suite:
+    """A suite of many tasks; the shots are those of Chung 2022 and Shen 2023."""
+    if name == "mmlu":
+        tasks = _mmlu(data_dir)
+        # the paper reports the validation split; the data folder's own files do not have it
+        valid = bool(tasks) and "valid" in tasks[0].splits
+        found = Suite(name, tuple(tasks), "valid" if valid else "test", shots=5, style=3)
+    elif name == "bbh":
+        found = Suite(name, tuple(bbh_tasks(data_folder(data_dir))), shots=3)
+    elif name == "niv2-test":
+        found = _niv2_suite(name, niv2_tasks(data_folder(data_dir), "test"), "test")
+    else:
+        tasks = niv2_tasks(data_folder(data_dir), "train")
+        found = _niv2_suite(name, [task for task in tasks if "valid" in task.splits], "valid")
+    if not found.tasks:
+        raise FileNotFoundError(f"no suite {name}: the data folder has no {name}")
+    return found
+
+
+def _mmlu(data_dir: str | Path | None) -> list[Task]:
     try:
-        if task is None and there not in sources():
-            raise FileNotFoundError(f"the data folder has no {name}, nor does the hub")
-        if task is None:
-            task = raw_task(there, Path(root) if root else None)
-            task.examples("test")
-    except (ConnectionError, FileNotFoundError) as error:
-        log.warning("%s is left out: %s", name, error)
-        missing[name] = str(error)
-        return None
+        return mmlu_tasks(_access(data_dir))
+    except ConnectionError as error:
+        raise FileNotFoundError(f"no suite mmlu: {error}") from None
+
+
+def _sets(name: str, data_dir: str | Path | None) -> Suite:
+    """A suite of single data sets, those that the data folder or the hub has."""
+    tasks: list[Task] = []
+    missing: dict[str, str] = {}
+    for each in GROUPS.get(name, (name,)):
+        try:
+            tasks.append(_set_task(each, _access(data_dir)))
+        except (ConnectionError, FileNotFoundError) as error:
+            log.warning("%s is left out: %s", each, error)
+            missing[each] = str(error)
+    if not tasks:
+        raise FileNotFoundError(f"no suite {name}: {'; '.join(missing.values())}")
+    found = Suite(name, tuple(tasks), missing=tuple(missing))
+    if name == "reasoning" or name in GROUPS["reasoning"]:
+        return replace(found, shots=8, chain_of_thought=True)
+    return found
+
+
+def _access(data_dir: str | Path | None) -> Access:
+    """The data folder, if there is one, and the hub."""
+    named = data_dir or os.environ.get("MOEKIT_DATA")
+    return Access(data_folder(data_dir) if named else None, hub=True)
+
+
+def _set_task(name: str, access: Access) -> Task:
+    """A data set with its test split.
+
+    Raises:
+      FileNotFoundError: there is no source of it.
+      ConnectionError: it would have to come from the hub, which cannot be reached.
+    """
+    task = dataset_task(dataset(name), access)
+    if task is None or "test" not in task.splits:
+        raise FileNotFoundError(f"the data folder has no {name}, nor does the hub")
+    if not find_copy(dataset(name), access).files:
+        task.examples("test")  # to be known now, not after a run
     return _with_exemplars(task) if name in WORD_PROBLEMS else task
 
 
-def _single(base: str, name: str, asked: dict, mirror: Mirror) -> Suite:
-    known = {}
-    for split, part in (("train", "valid"), ("test", "test")):
-        known |= {task.name: (task, part) for task in mirror.niv2(split)}
-    if base not in known:
-        raise unknown("suite", name, known)
-    task, part = known[base]
-    return Suite(name, (task,), **{**_NIV2, **asked, "split": part})
+@functools.cache
+def _word_problem_exemplars() -> tuple[Example, ...]:
+    text = files("moekit.data").joinpath("exemplars.toml").read_text("utf-8")
+    found = []
+    for index, row in enumerate(tomllib.loads(text)["arithmetic"]):
+        fields = {"question": row["question"]}
+        found.append(Example(f"exemplar/{index}", fields, row["answer"], rationale=row["why"]))
+    return tuple(found)
+
+
+def _with_exemplars(task: Task) -> Task:
+    """A task of word problems with exemplars of our own."""
+
+    def load(split: str) -> Sequence[Example]:
+        return _word_problem_exemplars() if split == "train" else task.load(split)
+
+    return replace(task, load=load, splits=("train", "test"))

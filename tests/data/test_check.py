@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from moekit.cli import main
+from moekit.data.catalogue import catalogue
 from moekit.data.check import check
-from moekit.data.fetch import fetch, plan, sha256
+from moekit.data.fetch import as_text, fetch, plan
+from moekit.data.files import sha256
 
 DATA = os.environ.get("MOEKIT_DATA")
 ROOT = Path(__file__).parents[2]
@@ -52,28 +54,50 @@ def test_fetch_shows_sizes_and_fills_a_folder(hub, capsys):
     assert "480 rows" in capsys.readouterr().out
 
 
-def test_a_fetch_goes_on_where_it_stopped(hub):
+def test_what_is_there_is_not_fetched_again_unless_it_is_damaged(hub):
     origin, root = hub
     items = plan(["rte"], origin)
-    there = Path(origin) / RTE / "train/0000.parquet"
-    part = root / f"hub/{RTE}/train/0000.parquet.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(there.read_bytes()[:1000])
     fetch(items, root, origin)
-    path = part.with_suffix("")
-    assert path.read_bytes() == there.read_bytes() and not part.exists()
-    stamp = path.stat().st_mtime_ns
-    fetch(items, root, origin)  # all there: nothing is copied again
-    assert path.stat().st_mtime_ns == stamp
-    path.write_bytes(b"x" * path.stat().st_size)  # damaged since
+    path, source = root / items[0].path, Path(origin) / RTE / "train/0000.parquet"
+    assert path.read_bytes() == source.read_bytes()
+    path.chmod(0o644)
+    stamp = path.stat().st_ctime_ns
     fetch(items, root, origin)
-    assert path.read_bytes() == there.read_bytes()
-    part.write_bytes(b"other data" * 200)
+    assert path.stat().st_ctime_ns == stamp
+    path.write_bytes(b"x" * path.stat().st_size)
+    fetch(items, root, origin)
+    assert path.read_bytes() == source.read_bytes()
+    source.write_bytes(source.read_bytes()[:100])
     path.unlink()
     with pytest.raises(OSError, match="arrived damaged"):
         fetch(items, root, origin)
-    fetch(items, root, origin)
-    assert check(root).faults == []
+    assert not path.exists()
+
+
+def test_sets_that_are_not_available_are_left_out(hub, caplog):
+    items = plan(["gsm8k", "rte"], hub[0])
+    assert {item.source for item in items} == {"rte"} and "gsm8k is left out" in caplog.text
+
+
+def test_licences_are_listed(put, tmp_path, capsys):
+    row = {"dialogue": "a: hi", "summary": "They greet.", "id": "1"}
+    put("hub/knkarthick/samsum/default/train/0000.parquet", [row])
+    (tmp_path / "data").mkdir()
+    items = plan(["samsum"], str(tmp_path / "hub"))
+    assert "CC BY-NC-ND 4.0" in as_text(items)
+    (entry,) = fetch(items, tmp_path / "data", str(tmp_path / "hub"))
+    assert entry["licence"] == "CC BY-NC-ND 4.0"
+
+
+def test_the_list_is_immediate_without_network(monkeypatch):
+    monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    monkeypatch.setattr("moekit.data.hub_files.repository_info", None)  # a call would fail
+    monkeypatch.setattr("moekit.data.datasets.download", None)
+    rows = {(entry.kind, entry.name): entry for entry in catalogue(None)}
+    assert rows["suite", "builtin"].here and not rows["suite", "mmlu"].here
+    assert "asdiv" in rows["suite", "reasoning"].about
+    for name, licence in (("asdiv", "CC BY-NC 4.0"), ("anli_r2", "CC BY-NC 4.0")):
+        assert licence in rows["hub source", name].about
 
 
 def test_what_cannot_be_fetched(hub):
@@ -98,7 +122,7 @@ def test_every_fault_is_named_by_file_and_row(tmp_path, put, capsys):
     put("niv2/train/task1_a.jsonl.gz", rows)
     put("niv2/task2_broken.json", {"Instances": []})
     put("cot/x.tsv", []).write_text("q\ta\tr\nq\ta\n\ta\tr\n")
-    choice = {"question": "q", "choices": ["a", "b"]}
+    choice = {"question": "q", "context": "c", "choices": ["a", "b"]}
     put("mc/boolq/train.jsonl.gz", [choice | {"answer": n} for n in (0, 2, "a", 1, -1)])
     put("mc/boolq/test.jsonl.gz", [choice | {"answer": 1}])
     put("dolly/train.jsonl.gz", [{"instruction": "i", "context": "", "response": " "}])
@@ -123,17 +147,17 @@ def test_every_fault_is_named_by_file_and_row(tmp_path, put, capsys):
     for fault in (
         "niv2/tasks.jsonl.gz:2: field 'task' is int",
         "niv2/train/task1_a.jsonl.gz:6: field 'output' is missing",
-        "niv2/train/task1_a.jsonl.gz:7: id '0' was there already",
+        "niv2/train/task1_a.jsonl.gz:7: id '0' occurred before",
         "niv2/train/task1_a.jsonl.gz:8: no output text",
         "niv2/task2_broken.json: no Definition",
         "cot/x.tsv:2: 2 columns instead of 3",
-        "mc/boolq/train.jsonl.gz:2: answer 2 is not one of 2 choices",
-        "mc/boolq/train.jsonl.gz:3: field 'answer' is str",
-        "mc/boolq/train.jsonl.gz:5: answer -1 is not",
-        "dolly/train.jsonl.gz:1: example dolly:1: the answer is empty",
+        "mc/boolq/train.jsonl.gz:2: answer '2' (int) is not one of 2",
+        "mc/boolq/train.jsonl.gz:3: answer 'a' (str) is not",
+        "mc/boolq/train.jsonl.gz:5: answer '-1' (int) is not",
+        "dolly/train.jsonl.gz:1: example train/1: the answer is empty",
         "t0/x.jsonl:2: no target text",
         "text/books/train.parquet:2: document 'y'",
-        "hub/nyu-mll/glue/rte/train:1: nyu-mll/glue row 0: KeyError 'sentence2'",
+        "hub/nyu-mll/glue/rte/train: column 'sentence2' is missing",
         "templates/a.yaml: template 'n' has no target",
         "gsm8k/train.jsonl.gz:10: the file is truncated",
         "gone.txt: is in the manifest but missing",

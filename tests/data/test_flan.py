@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import moekit as mk
-from moekit.data.collection import FORMATS, MIXTURES, cluster_of, listed
-from moekit.data.hub import sources
+from moekit.data.collection import FORMATS, MIXTURES, cluster_of, listed, published_size
+from moekit.data.datasets import datasets
+from moekit.data.flan import Member, proportional
 from moekit.data.tasks import TEMPLATES, Template
 
 DATA = os.environ.get("MOEKIT_DATA")
@@ -72,10 +73,14 @@ def test_ten_wordings_a_task_type():
             assert len(set(wordings)) == len(wordings) == 10, family
     for name, asked in TEMPLATES["builtin"].items():
         assert len(set(asked["templates"])) == len(asked["templates"]) == 10, name
-    for each in sources().values():
-        for wording in TEMPLATES["family"][each.family] if each.config else ():
-            places = {place for _, place, _, _ in string.Formatter().parse(wording) if place}
-            assert places and places <= set(each.fields), each.name
+    for each in datasets().values():
+        for columns in (each.hub_columns, *(place.columns for place in each.local)):
+            for wording in TEMPLATES["family"][each.templates] if columns else ():
+                places = {place for _, place, _, _ in string.Formatter().parse(wording) if place}
+                known = set(columns.fields)
+                if each.templates == "translation":
+                    known |= {"source", "target"}
+                assert places and places <= known, each.name
 
 
 @pytest.fixture
@@ -135,14 +140,93 @@ def test_absent_parts_leave_their_share_and_names_can_be_left_out(folder):
 
 
 def test_caps_level_large_tasks():
-    from moekit.data.flan import _proportional
-
-    tasks = [
-        (mk.Task(name, "c", lambda split: [], (Template("{x}"),), size=size), FORMATS["flan2021"])
-        for name, size in (("big", 10**6), ("small", 15_000))
-    ]
-    weights = {t.name: w for _, t, _, w in _proportional("flan2022", {"flan2021": tasks})}
+    members = []
+    for name, size in (("big", 10**6), ("small", 15_000), ("aqua", 97_467), ("gsm8k", 7_473)):
+        task = mk.Task(name, "c", lambda split: [], (Template("{x}"),), size=size)
+        group = "flan2021" if name in ("big", "small") else "cot"
+        members.append(Member(group, task, FORMATS[group]))
+    weights = {each.task.name: each.weight for each in proportional("flan2022", members)}
     assert weights["big"] / weights["small"] == pytest.approx(30_000 / 15_000)
+    # FLAN's release holds a part of AQuA
+    assert weights["aqua"] / weights["gsm8k"] == pytest.approx(2_728 / 7_473)
+
+
+def test_sizes_of_the_chain_of_thought_sets_are_the_published_ones():
+    sizes = {"gsm8k": 7_473, "strategyqa": 2_061, "creak": 6_915, "qasc": 1_084, "esnli": 36_174}
+    sizes |= {"ecqa": 7_112, "sensemaking": 6_070, "aqua": 2_728, "qed": 5_154}
+    assert {name: published_size(name) for name in listed("cot")} == sizes
+
+
+def trained_rows(path):
+    """Training rows of a file, every twentieth of which validates."""
+    with gzip.open(path, "rt") as file:
+        rows = sum(1 for line in file if line.strip())
+    return rows - -(-rows // 20)
+
+
+def counted_shares(root, sets):
+    """Rates of FLAN 2022 by hand: {task: (submixture, file)}, with the published shares."""
+    share = {"flan2021": 0.40, "niv2": 0.20, "cot": 0.05, "dialog": 0.03}
+    cap = {"flan2021": 30_000, "niv2": 5_000, "cot": 100_000, "dialog": 200_000}
+    sizes = {name: min(cap[part], rows) for name, (part, rows) in sets.items()}
+    totals = collections.Counter()
+    for name, (part, _) in sets.items():
+        totals[part] += sizes[name]
+    whole = sum(share[part] for part in totals)
+    return {
+        name: share[part] * sizes[name] / totals[part] / whole for name, (part, _) in sets.items()
+    }
+
+
+def test_shares_equal_an_independent_count(tmp_path, put):
+    choice = [{"question": f"q{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(700)]
+    for name, count in (("boolq", 300), ("arc_easy", 100), ("openbookqa", 700)):
+        put(f"mc/{name}/train.jsonl.gz", choice[:count])
+    sums = [{"question": f"q{i}?", "answer": "4", "solution": "2+2\n#### 4"} for i in range(500)]
+    put("gsm8k/train.jsonl.gz", sums)
+    put("strategyqa/train.jsonl.gz", [{"question": f"{i}?", "answer": "yes"} for i in range(200)])
+    why = [{"question": f"q{i}?", "answer": "4", "rationale": "Why."} for i in range(400)]
+    for name in ("gsm8k", "strategyqa", "creak", "mine"):
+        put(f"cot/{name}.jsonl.gz", why)
+    files = {
+        "boolq": ("flan2021", "mc/boolq"),
+        "arc_easy": ("flan2021", "mc/arc_easy"),
+        "openbookqa": ("flan2021", "mc/openbookqa"),
+        "gsm8k": ("cot", "gsm8k"),
+        "strategyqa": ("cot", "strategyqa"),
+    }
+    sets = {
+        name: (part, trained_rows(tmp_path / folder / "train.jsonl.gz"))
+        for name, (part, folder) in files.items()
+    }
+    sets["creak"] = ("cot", trained_rows(tmp_path / "cot/creak.jsonl.gz"))
+    mixture = mk.flan_mixture("flan2022", data_dir=tmp_path)
+    mine = next(task for task in mixture.tasks if task.name == "cot/mine")
+    sets["cot/mine"] = ("cot", mine.train_size)  # a file of one's own is split by question
+    assert mixture.rates == pytest.approx(counted_shares(tmp_path, sets))
+    clusters = {task.name: task.cluster for task in mixture.tasks}
+    assert clusters["arc_easy"] == "closed-book QA"
+    assert clusters["gsm8k"] == clusters["strategyqa"] == "chain of thought"
+
+
+@pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
+def test_shares_of_the_real_data_equal_an_independent_count():
+    root, sets = Path(DATA), {}
+    for name in ("arc_easy", "arc_challenge", "openbookqa", "boolq"):
+        sets[name] = ("flan2021", trained_rows(root / f"mc/{name}/train.jsonl.gz"))
+    for name in ("gsm8k", "strategyqa"):
+        sets[name] = ("cot", trained_rows(root / f"{name}/train.jsonl.gz"))
+    for name in ("creak", "ecqa", "qasc", "sensemaking"):
+        sets[name] = ("cot", trained_rows(root / f"cot/{name}.jsonl.gz"))
+    for entry in json.loads((root / "manifest.json").read_text()):
+        name = entry["path"].removesuffix(".jsonl.gz")
+        if name.startswith("niv2/train/"):
+            sets[name.replace("/train/", "/")] = ("niv2", entry["rows"])
+        elif name in ("dolly/train", "cot/aqua"):  # their validation rows are other files
+            part = "dialog" if name == "dolly/train" else "cot"
+            sets[name.split("/")[part == "cot"]] = (part, entry["rows"])
+    mixture = mk.flan_mixture("flan2022")
+    assert mixture.rates == pytest.approx(counted_shares(root, sets))
 
 
 def test_rates_of_your_own(monkeypatch, folder):
@@ -212,21 +296,3 @@ def test_a_digest_covers_data_wordings_rates_and_version(folder, put, monkeypatc
     monkeypatch.setattr("moekit.data.mixture.__version__", "9")
     assert len({first, second, third, digest()}) == 4
     assert mk.flan_mixture({"addition": 1.0}).digest() != mk.flan_mixture({"parity": 1.0}).digest()
-
-
-@pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
-def test_real_data_is_counted_right(monkeypatch):
-    monkeypatch.setattr("moekit.data.mixture.NUM_SAMPLED", 1)
-    root, counted = Path(DATA), collections.Counter()
-    for path in root.rglob("*.jsonl.gz"):
-        name = path.relative_to(root)
-        trained = str(name).startswith(("niv2/train", "cot/")) or path.name == "train.jsonl.gz"
-        if trained or str(name).startswith(("niv2/valid", "dolly/valid")):
-            with gzip.open(path, "rt") as file:
-                counted[name.parts[0]] += sum(1 for line in file if line.strip())
-    seen = collections.Counter()
-    for row in mk.flan_mixture("flan2022").describe().rows:
-        seen["mc" if row.cluster == "question answering" else row.task.split("/")[0]] += (
-            row.examples + row.valid
-        )
-    assert seen == counted

@@ -10,8 +10,9 @@ import pytest
 
 import moekit as mk
 from moekit.data import niv2
-from moekit.data.mirror import Mirror
-from moekit.data.rows import Rows
+from moekit.data.niv2 import niv2_tasks
+from moekit.data.published import bbh_tasks
+from moekit.data.tables import Rows
 
 DATA = os.environ.get("MOEKIT_DATA")
 
@@ -68,8 +69,7 @@ def names(tasks):
 @pytest.mark.parametrize("at", ["", "niv2/", "natural-instructions-2.8/", "raw/niv2/"])
 def test_the_official_repository_drops_in(tmp_path, repository, at):
     repository(at)
-    mirror = Mirror(tmp_path)
-    (train,), (test,) = mirror.niv2("train"), mirror.niv2("test")
+    (train,), (test,) = niv2_tasks(tmp_path, "train"), niv2_tasks(tmp_path, "test")
     assert names([train, test]) == ["task001_sum", "task002_nli"]
     assert test.held_out and not train.held_out and train.cluster == "Sums"
     assert train.sources == ("somewhere",) and train.splits == ("train", "valid")
@@ -109,9 +109,9 @@ def test_a_large_file_stays_on_disk(tmp_path, put, monkeypatch):
     labels = [{"input": f"Is {i}?", "output": ["yes" if i % 2 else "no"]} for i in range(40)]
     put("niv2/task1_words.json", task_file())
     put("niv2/task2_labels.json", task_file(Instances=labels))
-    small = Mirror(tmp_path).niv2("train")
+    small = niv2_tasks(tmp_path, "train")
     monkeypatch.setattr(niv2, "LARGE", 0)
-    large = Mirror(tmp_path).niv2("train")
+    large = niv2_tasks(tmp_path, "train")
     for one, other in zip(small, large, strict=True):
         for split in ("valid", "train"):
             assert isinstance(other.examples(split), Rows)
@@ -125,7 +125,7 @@ def test_both_layouts_give_the_same_examples(tmp_path, put):
     put("own/niv2/tasks.jsonl.gz", [meta])
     put("own/niv2/train/task1_x.jsonl.gz", content["Instances"])
     put("official/tasks/task1_x.json", content)
-    (own,), (official,) = (Mirror(tmp_path / at).niv2("train") for at in ("own", "official"))
+    (own,), (official,) = (niv2_tasks(tmp_path / at, "train") for at in ("own", "official"))
     assert (own.name, own.cluster, own.sources) == (
         official.name,
         official.cluster,
@@ -157,7 +157,7 @@ for niv2.LARGE in (niv2.LARGE, 0):
 
 def test_few_labels_need_many_rows(tmp_path, put):
     put("niv2/task1_x.json", task_file(6))  # six answers of six rows are no classification
-    assert not Mirror(tmp_path).niv2("train")[0].examples("train")[0].options
+    assert not niv2_tasks(tmp_path, "train")[0].examples("train")[0].options
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,10 @@ def test_few_labels_need_many_rows(tmp_path, put):
         (task_file(Instances=[{"input": "x", "output": [" "]}]), ":1: no output text"),
         (task_file(Instances=[{"input": "x", "output": [3]}]), "field 'output' is list"),
         (task_file(Instances="none"), "Instances is not a list"),
-        (task_file(Instances=[{"id": "a", "input": "x", "output": ["y"]}] * 2), "a' was there"),
+        (
+            task_file(Instances=[{"id": "a", "input": "x", "output": ["y"]}] * 2),
+            "a' occurred before",
+        ),
     ],
 )
 def test_a_broken_file_is_named_or_left_out(tmp_path, put, caplog, content, message):
@@ -184,22 +187,27 @@ def test_a_broken_file_is_named_or_left_out(tmp_path, put, caplog, content, mess
         mixture = mk.flan_mixture("flan2022", data_dir=tmp_path, on_error="skip")
     assert "niv2/task1_good" in mixture.rates and "task2_bad" in caplog.text
     counted = [t for t in mixture.tasks if t.name == "niv2/task2_bad"]
-    assert not counted or "was there" in message
+    assert not counted or "occurred" in message
 
 
 @pytest.mark.skipif(not DATA, reason="needs MOEKIT_DATA")
 def test_original_files_load_to_the_rows_of_their_counterparts():
-    ours, raw = Mirror(DATA), Mirror(Path(DATA) / "raw")
-    for family in ("cot", "mmlu", "bbh"):
-        counterparts = {task.name: task for task in getattr(ours, family)()}
-        for task in getattr(raw, family)():
-            theirs, own = rows_of(task), rows_of(counterparts[task.name])
+    root, raw = Path(DATA), Path(DATA) / "raw"
+    for family, names in (("cot", ("strategyqa", "qasc")), ("mmlu", ("mmlu",))):
+        for name in names:
+            theirs = rows_of(dataset_task(dataset(name), Access(raw)))
+            own = rows_of(dataset_task(dataset(name), Access(root)))
             if family == "cot":  # whole files
-                assert theirs == own
+                assert {question for question, _ in theirs} == {question for question, _ in own}
             else:  # cut, and a quarter of ours is withheld
-                assert len(theirs) <= 60 and len(own & theirs) > 0.6 * len(theirs)
-    counterparts = {task.name: task for task in ours.niv2("train")}
-    tasks = raw.niv2("train")
+                assert theirs and len(own & theirs) > 0.6 * len(theirs)
+    own_tasks = {task.name: task for task in bbh_tasks(root)}
+    for task in bbh_tasks(raw):
+        theirs = rows_of(task)
+        assert 0 < len(theirs) <= 60
+        assert len(rows_of(own_tasks[task.name]) & theirs) > 0.6 * len(theirs)
+    counterparts = {task.name: task for task in niv2_tasks(root, "train")}
+    tasks = niv2_tasks(raw, "train")
     assert len(tasks) == 3
     for task in tasks:
         # ours is a sample; ids tell which rows are the same
@@ -215,3 +223,22 @@ def every(task):
 
 def rows_of(task):
     return {(e.fields["question"], e.answer) for e in every(task) if "shot" not in e.id}
+
+
+@pytest.mark.parametrize("name", ["../../../outside/secret", "a/b", "/etc/passwd", ".."])
+def test_a_task_name_does_not_lead_out_of_the_folder(tmp_path, put, name):
+    meta = {"task": name, "split": "train", "definition": "Do.", "categories": ["QA"]}
+    put("data/niv2/tasks.jsonl.gz", [meta])
+    put("outside/secret.jsonl.gz", [{"input": "x", "output": ["secret"]}])
+    with pytest.raises(ValueError, match=r"tasks\.jsonl\.gz:1: .*leads out of the data folder"):
+        niv2_tasks(tmp_path / "data", "train")
+    assert niv2_tasks(tmp_path / "data", "train", "skip") == []
+    with pytest.raises(ValueError, match=r"unknown task|leads out"):
+        mk.flan_mixture({f"niv2/{name}": 1.0}, data_dir=tmp_path / "data", on_error="skip")
+
+
+def test_one_task_opens_no_others(tmp_path, put):
+    put("niv2/task1_a.json", task_file())
+    put("niv2/task2_b.json", {"Instances": []})  # malformed
+    mixture = mk.flan_mixture({"niv2/task1_a": 1.0}, data_dir=tmp_path)
+    assert mixture.rates == {"niv2/task1_a": 1.0}

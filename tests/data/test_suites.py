@@ -6,7 +6,7 @@ import json
 import pytest
 
 import moekit as mk
-from moekit.data.mirror import BBH_CUE
+from moekit.data.published import CUE
 from moekit.data.suites import SUITES
 
 DESCRIPTION = "Say the place of a thing.\n\nThe first place is one."
@@ -23,7 +23,7 @@ def write(path, rows):
 def published(space="\n"):
     """A chain-of-thought prompt of three shots, in the form of the published ones."""
     shots = [
-        f"Q: {ASKED.format(f's{i}')}\nA: {BBH_CUE}{space}It is last. So the answer is (B)."
+        f"Q: {ASKED.format(f's{i}')}\nA: {CUE}{space}It is last. So the answer is (B)."
         for i in range(3)
     ]
     return "\n\n".join([DESCRIPTION, *shots])
@@ -56,7 +56,7 @@ def test_bbh_is_read_in_the_published_words(root):
         shots, example = task.examples("train"), task.examples("test")[1]
         assert [shot.answer for shot in shots] == ["(B)"] * 3
         thought = mk.format_prompt(task, example, shots=shots, chain_of_thought=True)
-        assert thought.input == f"{published(space)}\n\nQ: {ASKED.format(1)}\nA: {BBH_CUE}"
+        assert thought.input == f"{published(space)}\n\nQ: {ASKED.format(1)}\nA: {CUE}"
         assert thought.references == ("(B)",) and not thought.options
         direct = mk.format_prompt(task, example, shots=shots)
         assert direct.input.startswith(f"{DESCRIPTION}\n\nQ: {ASKED.format('s0')}\nA: (B)\n\nQ: ")
@@ -136,7 +136,7 @@ def test_groups_single_tasks_and_names(root, monkeypatch):
     for name, near in (("bbhh", "bbh"), ("niv2/task0_y", "niv2/task0_x")):
         with pytest.raises(ValueError, match=f"did you mean '{near}'"):
             mk.suite(name, data_dir=root)
-    with pytest.raises(FileNotFoundError, match="could not load 'ybisk/piqa'"):
+    with pytest.raises(FileNotFoundError, match="could not load 'baber/piqa'"):
         mk.suite("piqa", data_dir=root)
     assert {"mmlu", "bbh", "reasoning", "qa"} < set(SUITES)
     monkeypatch.delenv("MOEKIT_DATA", raising=False)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import moekit as mk
-from moekit.data.mirror import Mirror
-from moekit.data.prompted import prompted_tasks
-from moekit.data.rows import Rows
+from moekit.data.instructions import instruction_tasks
+from moekit.data.tables import Rows
 
 N = 60
 P3 = [
@@ -46,7 +45,7 @@ KINDS = {
 def test_kinds_of_rows_and_files(tmp_path, put, kind, suffix):
     rows, text, answer, options = KINDS[kind]
     put(f"t0/one{suffix}", rows)
-    (task,) = prompted_tasks(Mirror(tmp_path), "t0", "t0")
+    (task,) = instruction_tasks(tmp_path, "t0")
     assert task.name == "t0/one" and isinstance(task.examples("train"), Rows)
     found = [*task.examples("train"), *task.examples("valid")]
     assert len(found) == N and 0 < len(task.examples("valid")) < N / 4
@@ -61,7 +60,7 @@ def test_csv_with_a_header_references_and_context(tmp_path, put):
     put("dialog/a.csv", [{"input": f'say "{i}", please\nnow', "output": i} for i in range(9)])
     reading = [{"context": f"c {i}", "question": "q?", "answers": ["a", "b"]} for i in range(9)]
     put("dialog/b.jsonl", reading)
-    one, two = prompted_tasks(Mirror(tmp_path), "dialog", "dialog")
+    one, two = instruction_tasks(tmp_path, "dialog")
     found = [*one.examples("train"), *one.examples("valid")]
     assert {(e.fields["instruction"], e.answer) for e in found} == {
         (f'say "{i}", please\nnow', str(i)) for i in range(9)
@@ -83,7 +82,7 @@ def test_a_file_of_many_tasks_and_a_folder_of_splits(tmp_path, put):
     for split, n in (("train", 20), ("validation", 4), ("test", 3)):
         rows = [{"inputs": f"{split} {i}", "targets": "t"} for i in range(n)]
         put(f"flan2021/folder/{split}-00000.parquet", rows)
-    tasks = {t.name: t for t in prompted_tasks(Mirror(tmp_path), "flan2021", "flan2021")}
+    tasks = {t.name: t for t in instruction_tasks(tmp_path, "flan2021")}
     assert {n: t.cluster for n, t in tasks.items()} == {
         "flan2021/glue/rte:2.0.0": "entailment",
         "flan2021/squad/v1.1:3.0.0": "reading comprehension",
@@ -100,7 +99,7 @@ def test_a_file_of_many_tasks_and_a_folder_of_splits(tmp_path, put):
 def test_wrong_answers_of_p3_are_left_out(tmp_path, put):
     rows = [row | {"is_correct": i % 3 == 0, "weight": 1.0} for i, row in enumerate(P3)]
     put("p3/x_score_eval.jsonl", rows)
-    (task,) = prompted_tasks(Mirror(tmp_path), "t0", "p3")
+    (task,) = instruction_tasks(tmp_path, "t0")
     assert len(task.examples("train")) + len(task.examples("valid")) == N / 3
 
 

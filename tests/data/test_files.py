@@ -9,7 +9,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 import moekit as mk
-from moekit.data.sources import data_dir, read_rows
+from moekit.data import files
+from moekit.data.files import data_dir, escaped, read_manifest, read_rows
 
 SCHEMA = {"question": str, "answer": int}
 GOOD = [{"question": f"q{i}", "answer": i} for i in range(40)]
@@ -110,7 +111,7 @@ def test_text_folders(tmp_path):
         mk.corpus("speeches", tmp_path).documents("train")
 
 
-def mirror(root):
+def data_folder(root):
     """A data folder with a few rows of every family."""
     meta = [
         {"task": f"task{i}", "split": split, "definition": "Do it.", "categories": [category]}
@@ -145,7 +146,52 @@ def mirror(root):
 
 
 def test_bad_answers_name_the_row(tmp_path):
-    root = mirror(tmp_path)
+    root = data_folder(tmp_path)
     write(root / "mc/boolq/test.jsonl.gz", [{"question": "q", "choices": ["a"], "answer": 1}])
-    with pytest.raises(ValueError, match=r"test\.jsonl\.gz:1: answer 1 is not one of 1 choices"):
+    with pytest.raises(
+        ValueError, match=r"test\.jsonl\.gz:1: answer .1. .int. is not one of 1 options"
+    ):
         mk.suite("boolq", data_dir=root).tasks[0].examples("test")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.tsv", "a.csv"])
+def test_a_row_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "MAX_ROW", 1000)
+    path = write(tmp_path / name, ["ok\t1", "x" * 5000])
+    if "jsonl" in name:
+        path = write(tmp_path / name, [GOOD[0], '{"question": "' + "x" * 5000])
+    schema = SCHEMA if "jsonl" in name else {"question": str}
+    columns = () if "jsonl" in name else ("question", "answer")[: 2 if "tsv" in name else 1]
+    for on_error in ("stop", "skip"):
+        with pytest.raises(ValueError, match=r":2: the row is longer than 1,000 characters"):
+            read_rows(path, schema, columns=columns, on_error=on_error)
+
+
+def test_a_bomb_is_refused_with_bounded_memory(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(12):
+            file.write(b"x" * (16 << 20))  # one line of 192 MB
+    with pytest.raises(ValueError, match="longer than"):
+        read_rows(path, SCHEMA)
+
+
+def test_a_large_json_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILE", 100)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(GOOD))
+    with pytest.raises(ValueError, match="larger than 100 bytes"):
+        read_rows(path, SCHEMA)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
+def test_a_manifest_does_not_lead_out_of_the_folder(tmp_path, name):
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps([{"path": name, "bytes": 1, "sha256": "0"}]))
+    with pytest.raises(ValueError, match="leads out of the data folder"):
+        read_manifest(path)
+
+
+def test_text_for_a_terminal():
+    shown = escaped("a\x1b[31mred\u202e\tb\n\u00e9")
+    assert shown == "a\\x1b[31mred\\u202e\tb\n\u00e9"
