@@ -73,7 +73,6 @@ def describe(
     """
     import moekit as mk
     from moekit.data.datasets import licences
-    from moekit.data.files import escaped
     from moekit.data.packing import propose_lengths
     from moekit.errors import unknown
 
@@ -98,7 +97,7 @@ def describe(
         overview.plot().savefig(plot)
     lengths = propose_lengths(mix, counter)
     prompts = mix.sample(samples, seed=seed)
-    shown = [escaped(f"--- {each.task}\n{each.input}\n>>> {each.target}") for each in prompts]
+    shown = [f"--- {each.task}\n{each.input}\n>>> {each.target}" for each in prompts]
     restricted = licences(mix.tasks)
     notes = [f"licence of {name}: {licence}" for name, licence in restricted.items()]
     result = overview.to_dict()

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -389,15 +388,3 @@ def sha256(path: Path) -> str:
     """The SHA-256 checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def escaped(text: str) -> str:
-    """Text for a terminal: control and formatting characters (ANSI escapes, bidirectional marks)
-    are written out as escapes; line breaks and tabs stay."""
-    return "".join(map(_escaped_character, text))
-
-
-def _escaped_character(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character)[0] != "C":
-        return character
-    return character.encode("unicode_escape").decode()

@@ -10,7 +10,7 @@ import pytest
 
 import moekit as mk
 from moekit.data import files
-from moekit.data.files import data_dir, escaped, read_manifest, read_rows
+from moekit.data.files import data_dir, read_manifest, read_rows
 
 SCHEMA = {"question": str, "answer": int}
 GOOD = [{"question": f"q{i}", "answer": i} for i in range(40)]
@@ -190,8 +190,3 @@ def test_a_manifest_does_not_lead_out_of_the_folder(tmp_path, name):
     path.write_text(json.dumps([{"path": name, "bytes": 1, "sha256": "0"}]))
     with pytest.raises(ValueError, match="leads out of the data folder"):
         read_manifest(path)
-
-
-def test_text_for_a_terminal():
-    shown = escaped("a\x1b[31mred\u202e\tb\n\u00e9")
-    assert shown == "a\\x1b[31mred\\u202e\tb\n\u00e9"
