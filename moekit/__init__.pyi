@@ -108,9 +108,7 @@ from .model.transformer import (
     with_config as with_config,
 )
 from .moe.layer import (
-    LayerStats as LayerStats,
     MoE as MoE,
-    TokenRouting as TokenRouting,
 )
 from .moe.routing import (
     ExpertChoice as ExpertChoice,
@@ -122,6 +120,10 @@ from .moe.routing import (
     Switch as Switch,
     TopK as TopK,
     assign as assign,
+)
+from .moe.stats import (
+    LayerStats as LayerStats,
+    TokenRouting as TokenRouting,
 )
 from .planning.compile_step import (
     plan as plan,

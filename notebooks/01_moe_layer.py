@@ -56,7 +56,7 @@ mask = jnp.ones(len(words), bool).at[-1].set(False)  # the last token is padding
 switch = mk.Switch()(logits, mask, capacity=3)
 print("expert of each token (4 is none):", switch.expert_index[:, 0])
 print("slot of each token (12 is none): ", switch.slot[:, 0])
-print("token in each slot (9 is none):  ", switch.assignment)
+print("token in each slot (9 is none):  ", switch.slot_to_choice)
 
 # %% [markdown]
 # ## Six routers, the same logits

@@ -25,7 +25,7 @@ from moekit.distributed import to_host
 from moekit.errors import not_finite, unknown
 from moekit.model.batching import length_groups, pad_rows
 from moekit.model.transformer import EncoderDecoder
-from moekit.moe.layer import TokenRouting
+from moekit.moe.stats import TokenRouting
 from moekit.sharding import shard_batch
 
 

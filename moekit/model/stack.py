@@ -22,7 +22,8 @@ from moekit.model.attention import Attention
 from moekit.model.cache import LayerCache
 from moekit.model.layers import FFN, RMSNorm, dropout
 from moekit.model.relative_bias import Bias, RelativeBias
-from moekit.moe.layer import LayerStats, MoE, TokenRouting
+from moekit.moe.layer import MoE
+from moekit.moe.stats import LayerStats, TokenRouting
 from moekit.sharding import constrain_batch, platform
 
 # rematerialization policies: what the forward pass saves of each layer ("none": everything)

@@ -21,7 +21,7 @@ from moekit.model.attention import segment_mask
 from moekit.model.cache import Cache, LayerCache
 from moekit.model.layers import float32_logits
 from moekit.model.stack import Context, Stack, split_key
-from moekit.moe.layer import LayerStats, TokenRouting
+from moekit.moe.stats import LayerStats, TokenRouting
 from moekit.sharding import check_mesh, param, use_mesh, with_gathered_parameters
 
 Method = TypeVar("Method", bound=Callable)

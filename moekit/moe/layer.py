@@ -1,175 +1,97 @@
-"""The MoE layer: router + transport + experts + what is measured of them.
+"""The MoE layer: route, dispatch, all-to-all, experts, all-to-all, combine.
 
-B batch, L length, D d_model, F d_ff, E experts, K choices per token, C capacity, G groups,
-S tokens in a group; `stack` is an optional leading axis of parameters that a caller scans over.
+`MoE._forward` shows these steps in order. The others are in `routing.py` (routers), `capacity.py`
+(slots, dispatch, combine), `expert_parallel.py` (shard_map, collectives), `dropless.py` and
+`ragged.py` (the other kind of dispatch) and `stats.py` (statistics, losses).
+
+B batch, L length, D d_model, F d_ff, E experts, K choices per token, C slots per expert (of all
+groups), G groups, S tokens in a group, T = G * S tokens. `stack` is an optional leading axis of all
+parameters that a caller scans over.
 """
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import no_type_check
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from moekit.errors import unknown
 from moekit.moe import dropless, ragged
-from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
-from moekit.moe.parallel import Place, split_over_mesh
-from moekit.moe.routing import Router, Routing, Switch
-from moekit.sharding import BATCH_AXES, MESH_AXES, batch_shards, check_mesh, param, use_mesh
+from moekit.moe.capacity import combine, dispatch, dispatch_indices, group_capacity
+from moekit.moe.dropless import ExpertFunction, ExpertInputs, block_size
+from moekit.moe.expert_parallel import ExpertParallel, parameter_layouts
+from moekit.moe.routing import OptionalKey, Router, Routing, Switch, check_router, check_routing
+from moekit.moe.stats import LayerStats, RouterBias, TokenRouting, layer_stats, token_routing
+from moekit.sharding import BATCH_AXES, MESH_AXES, check_mesh, param, use_mesh
 
 ACTIVATIONS = ("gated_gelu", "relu")
 DISPATCH = ("capacity", "dropless")
 
 
-@no_type_check  # a pytree: see Routing
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerStats:
-    """What one layer's router did to the real tokens of a batch, as sums that add across shards.
+class RouterWeights(nnx.Module):
+    """The router's matrix: one logit per expert, always float32."""
 
-    All float32. A model stacks these, one row per MoE layer.
-    """
-
-    tokens: Float[Array, ""]
-    load: Float[Array, "E"]  # choices of each expert
-    kept: Float[Array, "E"]  # of these, the ones that found a slot
-    prob_sum: Float[Array, "E"]
-    z_sum: Float[Array, ""]  # squared logsumexp of the logits
-    dropped_tokens: Float[Array, ""]  # tokens that no expert processed
-    dropped_assignments: Float[Array, ""]  # choices that found no slot
-    confidence_sum: Float[Array, ""]  # largest router probability
-    entropy_sum: Float[Array, ""]  # entropy of the router's probabilities, nats
-    balance_sum: Float[Array, ""]  # balance loss of each group with real tokens
-    groups: Float[Array, ""]  # groups with real tokens
-
-    def balance_loss(self) -> Float[Array, "..."]:
-        """Mean over groups of E sum_e f_e P_e (Fedus 2021), k at balance; see `layer_stats`."""
-        return self.balance_sum / jnp.maximum(self.groups, 1)
-
-    def router_z_loss(self) -> Float[Array, "..."]:
-        """Mean over tokens of logsumexp(logits)^2 (Zoph 2022)."""
-        return self.z_sum / jnp.maximum(self.tokens, 1)
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TokenRouting:
-    """The routing of a batch seen from its tokens; -1 where there is no choice or no token."""
-
-    expert: Int[Array, "B L K"]
-    weight: Float[Array, "B L K"]
-    kept: Bool[Array, "B L K"]
-    entropy: Float[Array, "B L"]  # of the router's probabilities, nats
-
-
-class RouterBias(nnx.Variable):
-    """Per-expert bias of a loss-free balanced router: state that no gradient touches."""
-
-
-def layer_stats(
-    logits: Float[Array, "G S E"], mask: Bool[Array, "G S"], routing: Routing
-) -> LayerStats:
-    """Sums over real tokens. The balance loss of a group is E sum_e f_e P_e, with f_e the share of
-    tokens that chose e (first `balance_choices` choices) and P_e e's mean probability."""
-    num_experts = logits.shape[-1]
-    real = mask[..., None].astype(jnp.float32)
-    experts = jnp.arange(num_experts)
-    chosen = routing.expert_index[..., None] == experts  # [G, S, K, E]
-    kept = routing.slot < num_experts * routing.capacity
-    counted = chosen[:, :, : routing.balance_choices].sum((1, 2)).astype(jnp.float32)
-    group_tokens = real.sum((1, 2))
-    prob_sum = (routing.probs * real).sum(1)  # [G, E]
-    safe = jnp.maximum(group_tokens, 1)[:, None]
-    balance = num_experts * jnp.sum((counted / safe) * (prob_sum / safe), -1)
-    load = chosen.sum((0, 1, 2)).astype(jnp.float32)
-    kept_load = (chosen & kept[..., None]).sum((0, 1, 2)).astype(jnp.float32)
-    return LayerStats(
-        tokens=group_tokens.sum(),
-        load=load,
-        kept=kept_load,
-        prob_sum=prob_sum.sum(0),
-        z_sum=jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0)),
-        dropped_tokens=jnp.sum(mask & ~kept.any(-1)).astype(jnp.float32),
-        dropped_assignments=load.sum() - kept_load.sum(),
-        confidence_sum=jnp.sum(jnp.where(mask, routing.probs.max(-1), 0.0)),
-        entropy_sum=jnp.sum(jnp.where(mask, _entropy(routing.probs), 0.0)),
-        balance_sum=balance.sum(),
-        groups=jnp.sum(group_tokens > 0).astype(jnp.float32),
-    )
-
-
-def _entropy(probs: Float[Array, "... E"]) -> Float[Array, "..."]:
-    return -jnp.sum(jax.scipy.special.xlogy(probs, probs), -1)
-
-
-def update_router_bias(state: nnx.State, stats: dict[str, LayerStats]) -> nnx.State:
-    """Move every `RouterBias` by rate * sign(mean load - load) (Wang 2024).
-
-    Args:
-      state: any model state; its biases `[layers, E]` lie under the name of their stack
-        ("encoder" or "decoder"). Other variables are returned as they are.
-      stats: the same step's statistics of each stack.
-    """
-
-    def move(path, variable):
-        if not isinstance(variable, RouterBias):
-            return variable
-        load = stats[path[0].key].load
-        bias = variable[...] + variable.rate * jnp.sign(load.mean(-1, keepdims=True) - load)
-        return variable.replace(bias)
-
-    return jax.tree_util.tree_map_with_path(
-        move, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-
-
-class Gate(nnx.Module):
-    """The router's weights: one logit per expert, always float32."""
-
-    def __init__(self, d_model: int, num_experts: int, router: Router, *, stack=(), rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        router: Router,
+        *,
+        stack: tuple[int, ...] = (),
+        rngs: nnx.Rngs,
+    ):
         axes = ("layers",) * len(stack)
         self.w_de = param(rngs, (*stack, d_model, num_experts), (*axes, "embed", None), stddev=0.02)
-        balanced = getattr(router, "balanced_by_bias", False)
-        bias = jnp.zeros((*stack, num_experts))
-        self.bias_e = RouterBias(bias, rate=router.rate, axes=(*axes, None)) if balanced else None
+        if getattr(router, "balanced_by_bias", False):
+            bias = jnp.zeros((*stack, num_experts))
+            self.bias_e = RouterBias(bias, rate=router.rate, axes=(*axes, None))
+        else:
+            self.bias_e = None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         exact = jax.lax.Precision.HIGHEST
-        # a TPU makes three passes of each float32; bfloat16 is exact in one. Backward this rounds
-        # the cotangents of logits to bfloat16, as all others are
-        of_x = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else exact
-        return jnp.dot(x.astype(jnp.float32), self.w_de[...], precision=(of_x, exact))
+        # A TPU makes three bfloat16 passes for each float32 operand; one is exact for bfloat16. In
+        # the backward pass this rounds the gradient of the logits to bfloat16, as all others are.
+        x_precision = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else exact
+        return jnp.dot(x.astype(jnp.float32), self.w_de[...], precision=(x_precision, exact))
 
 
 @jax.custom_vjp
 def gated_gelu(gate: Float[Array, "*S F"], x: Float[Array, "*S F"]) -> Float[Array, "*S F"]:
-    """gelu(gate) * x, whose two cotangents are computed once.
+    """gelu(gate) * x, whose two gradients are computed once.
 
-    Left to itself XLA for TPU repeats this arithmetic inside each of the three products that read
-    them, and those become bound by it (4.6 instead of 3.8 ms for a layer on v5e:2x4, as compiled).
+    XLA for TPU would otherwise repeat this arithmetic inside each of the three matmuls that read
+    the gradients, and bound them by it (4.6 instead of 3.8 ms for a layer compiled for v5e:2x4).
     """
     return jax.nn.gelu(gate) * x
 
 
-def _gated_forward(gate, x):
+def _gated_gelu_forward(gate: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
     return gated_gelu(gate, x), (gate, x)
 
 
-def _gated_backward(residuals, g):
+def _gated_gelu_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     _, transpose = jax.vjp(lambda gate, x: jax.nn.gelu(gate) * x, *residuals)
-    return jax.lax.optimization_barrier(transpose(g))
+    return jax.lax.optimization_barrier(transpose(gradient))
 
 
-gated_gelu.defvjp(_gated_forward, _gated_backward)
+gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
+
+
+def _activate(
+    hidden: Float[Array, "*S F"], gate: Float[Array, "*S F"] | None = None
+) -> Float[Array, "*S F"]:
+    """Gated GELU, or ReLU where there is no gate."""
+    return jax.nn.relu(hidden) if gate is None else gated_gelu(gate, hidden)
 
 
 class Experts(nnx.Module):
-    """E feed-forward networks side by side: batched products over the expert axis."""
+    """E feed-forward networks, computed as batched matmuls over the expert axis."""
 
     def __init__(
         self,
@@ -179,62 +101,79 @@ class Experts(nnx.Module):
         *,
         activation: str = "gated_gelu",
         dropout: float = 0.0,
-        dtype=jnp.float32,
-        stack=(),
+        dtype: DTypeLike = jnp.float32,
+        stack: tuple[int, ...] = (),
         rngs: nnx.Rngs,
     ):
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r}: choose one of {ACTIVATIONS}")
-        axes = ("layers",) * len(stack)
-        up, down = (*axes, "expert", "embed", "mlp"), (*axes, "expert", "mlp", "embed")
+            raise unknown("activation", activation, ACTIVATIONS)
+        layers = ("layers",) * len(stack)
+        up_shape = (*stack, num_experts, d_model, d_ff)
+        up_axes = (*layers, "expert", "embed", "mlp")
+        down_shape = (*stack, num_experts, d_ff, d_model)
+        down_axes = (*layers, "expert", "mlp", "embed")
+        self.wi_edf = param(rngs, up_shape, up_axes, fan_in=d_model)
         gated = activation == "gated_gelu"
-        size = (*stack, num_experts, d_model, d_ff)
-        self.wi_edf = param(rngs, size, up, fan_in=d_model)
-        self.wg_edf = param(rngs, size, up, fan_in=d_model) if gated else None
-        self.wo_efd = param(rngs, (*stack, num_experts, d_ff, d_model), down, fan_in=d_ff)
+        self.wg_edf = param(rngs, up_shape, up_axes, fan_in=d_model) if gated else None
+        self.wo_efd = param(rngs, down_shape, down_axes, fan_in=d_ff)
         self.dropout, self.dtype = dropout, dtype
 
     def __call__(
-        self, x: Float[Array, "E C D"], keep: Bool[Array, "E C F"] | None = None
-    ) -> Float[Array, "E C D"]:
-        """`keep` drops hidden features: expert dropout (Fedus 2021)."""
-        x = x.astype(self.dtype)
-        ups = [w for w in (self.wi_edf, self.wg_edf) if w is not None]
-        h = self.activate(*(jnp.einsum("ecd,edf->ecf", x, w[...].astype(self.dtype)) for w in ups))
-        if keep is not None:
-            h = jnp.where(keep, h / (1 - self.dropout), 0)
-        return jnp.einsum("ecf,efd->ecd", h, self.wo_efd[...].astype(self.dtype))
-
-    @staticmethod
-    def activate(
-        hidden: Float[Array, "*S F"], gate: Float[Array, "*S F"] | None = None
-    ) -> Float[Array, "*S F"]:
-        """Gated GELU, or ReLU where there is no gate."""
-        return jax.nn.relu(hidden) if gate is None else gated_gelu(gate, hidden)
-
-    def draw(
         self,
-        key: Key[Array, ""] | None,
-        expert: Int[Array, "E C"],
-        rank: Int[Array, "E C"],
-        place: Place,
-    ) -> Bool[Array, "E C F"] | None:
-        """What expert dropout keeps. A row's draw depends on its expert and its place in that
-        expert's queue alone, so it is the same on every mesh."""
-        if key is None or self.dropout == 0:
-            return None
-        f = self.wi_edf[...].shape[-1]
+        slots: Float[Array, "E C D"],
+        key: OptionalKey = None,
+        parallel: ExpertParallel = ExpertParallel(),  # noqa: B008  a frozen dataclass
+    ) -> Float[Array, "E C D"]:
+        """Every slot through its expert; a key turns expert dropout on."""
+        (wi_edf, *wg_edf), wo_efd = self.matrices()
+        x = slots.astype(self.dtype)
+        hidden = jnp.einsum("ecd,edf->ecf", x, wi_edf)
+        gate = jnp.einsum("ecd,edf->ecf", x, wg_edf[0]) if wg_edf else None
+        hidden = _activate(hidden, gate)
+        if key is not None and self.dropout > 0:
+            num_experts, num_slots, _ = slots.shape
+            expert = parallel.axis_index("expert") * num_experts + jnp.arange(num_experts)
+            position = parallel.axis_index("data") * num_slots + jnp.arange(num_slots)
+            kept = self.dropout_mask(key, expert[:, None], position[None], parallel)
+            hidden = jnp.where(kept, hidden / (1 - self.dropout), 0)
+        return jnp.einsum("ecf,efd->ecd", hidden, wo_efd)
 
-        def features(expert, rank):
-            row = jax.random.fold_in(jax.random.fold_in(key, expert), rank)
-            kept = jax.random.bernoulli(row, 1 - self.dropout, (f * place.size("model"),))
-            return jax.lax.dynamic_slice_in_dim(kept, place.index("model") * f, f)
+    def matrices(self) -> tuple[tuple[Array, ...], Float[Array, "E F D"]]:
+        """The experts' first matrices, (wi,) or (wi, wg), and the last, in the compute type."""
+        up = [self.wi_edf[...].astype(self.dtype)]
+        if self.wg_edf is not None:
+            up.append(self.wg_edf[...].astype(self.dtype))
+        return tuple(up), self.wo_efd[...].astype(self.dtype)
 
-        return jax.vmap(jax.vmap(features))(expert, rank)
+    def dropout_mask(
+        self,
+        key: Key[Array, ""],
+        expert: Int[Array, "*#S"],
+        position: Int[Array, "*#S"],
+        parallel: ExpertParallel,
+    ) -> Bool[Array, "*S F"]:
+        """The hidden features that expert dropout keeps (Fedus 2021).
+
+        Depends only on the expert and the position in its queue, so it is the same on every mesh.
+        """
+        local_features = self.wi_edf.shape[-1]
+        num_features = local_features * parallel.axis_size("model")
+        first_feature = local_features * parallel.axis_index("model")
+
+        def keep(expert: Int[Array, ""], position: Int[Array, ""]) -> Bool[Array, "F"]:
+            row_key = jax.random.fold_in(jax.random.fold_in(key, expert), position)
+            kept = jax.random.bernoulli(row_key, 1 - self.dropout, (num_features,))
+            return jax.lax.dynamic_slice_in_dim(kept, first_feature, local_features)
+
+        return jnp.vectorize(keep, signature="(),()->(f)")(expert, position)
 
 
 def check_dispatch(dispatch: str, router: Router) -> None:
-    """ValueError for an unknown dispatch, and for dropless with a router that fills slots."""
+    """Check the kind of dispatch.
+
+    Raises:
+      ValueError: it is unknown, or it is "dropless" and the router fills slots (Expert Choice).
+    """
     if dispatch not in DISPATCH:
         raise unknown("dispatch", dispatch, DISPATCH)
     if dispatch == "dropless" and getattr(router, "num_choices", 1) is None:
@@ -244,27 +183,43 @@ def check_dispatch(dispatch: str, router: Router) -> None:
         )
 
 
+class Tokens(NamedTuple):
+    """The inputs of a layer: [B, L, ..] or, in groups, [G, S, ..]."""
+
+    x: Float[Array, "B L D"]
+    mask: Bool[Array, "B L"]
+    token_ids: Int[Array, "B L"] | None
+
+
 class MoE(nnx.Module):
     """A sparse feed-forward layer, usable alone inside any nnx model.
 
     Args:
+      d_model: features of a token.
+      d_ff: hidden features of an expert.
+      num_experts: number of experts.
       router: logits in, `Routing` out; see `moekit.moe.routing`.
-      capacity_factor: slots per expert over the balanced load, with a key (training);
-        `eval_capacity_factor` without one (default the same).
+      capacity_factor: slots per expert relative to the balanced load, in training (with a key).
+      eval_capacity_factor: the same without a key (default `capacity_factor`).
       capacity_counts_k: True multiplies capacity by the router's choices (Mesh-TensorFlow, GShard);
         False does not (flaxformer).
-      group_size: tokens routed together; a device cuts its tokens into equal groups of at most
+      min_capacity: least number of slots per expert.
+      group_size: tokens routed together; a device divides its tokens into equal groups of at most
         this size.
-      dispatch: "capacity" gives every expert the same number of slots and drops what finds none
-        (the paper's way); "dropless" sends every token, whatever the load.
-      mesh: experts are split over its expert axis (and over model, inside each), rows of a batch
-        over data and expert.
+      dispatch: "capacity" gives every expert the same number of slots and drops what exceeds them
+        (the paper's way); "dropless" dispatches every token, whatever the load.
+      activation: "gated_gelu" or "relu".
+      expert_dropout: dropout rate of the experts' hidden features.
+      dtype: compute type of the experts.
+      mesh: experts are sharded over its expert axis (and their hidden features over model), the
+        leading dimension of the input over data and expert.
 
-    Padding neither takes slots nor enters statistics, and capacity follows the real tokens.
+    Padding neither takes slots nor enters statistics; capacity is computed from the real tokens.
 
     Raises:
-      ValueError: the mesh's axes do not divide the experts or their hidden features; a router that
-        fills slots (Expert Choice) with dropless dispatch.
+      ValueError: an argument is out of range; the router cannot be called by the layer, chooses
+        more experts than there are, or fills slots (Expert Choice) with dropless dispatch; the
+        mesh does not divide the experts or their hidden features.
     """
 
     def __init__(
@@ -282,15 +237,25 @@ class MoE(nnx.Module):
         dispatch: str = "capacity",
         activation: str = "gated_gelu",
         expert_dropout: float = 0.0,
-        dtype=jnp.float32,
-        stack=(),
+        dtype: DTypeLike = jnp.float32,
+        stack: tuple[int, ...] = (),
         mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        check_dispatch(dispatch, router)
-        check_mesh(mesh, "this MoE layer", experts=num_experts, d_ff=d_ff)
+        self.route, self.dispatch, self.mesh = router, dispatch, mesh
+        self.d_model, self.num_experts = d_model, num_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        if eval_capacity_factor is None:
+            self.eval_capacity_factor = capacity_factor
+        self.capacity_choices = 1
+        if capacity_counts_k:
+            self.capacity_choices = getattr(router, "num_choices", 1) or 1
+        self.min_capacity, self.group_size = min_capacity, group_size
+        self._check_arguments(d_ff, expert_dropout)
+
         with use_mesh(mesh):
-            self.router = Gate(d_model, num_experts, router, stack=stack, rngs=rngs)
+            self.router = RouterWeights(d_model, num_experts, router, stack=stack, rngs=rngs)
             self.experts = Experts(
                 num_experts,
                 d_model,
@@ -301,135 +266,168 @@ class MoE(nnx.Module):
                 stack=stack,
                 rngs=rngs,
             )
-        self.mesh, self.dispatch = mesh, dispatch
-        self.ragged = dispatch == "dropless" and ragged.suits(mesh)
-        self.route, self.num_experts = router, num_experts
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor or capacity_factor
-        self.choices = (getattr(router, "num_choices", 1) or 1) if capacity_counts_k else 1
-        self.min_capacity, self.group_size = min_capacity, group_size
+        self.ragged = dispatch == "dropless" and ragged.is_preferred(mesh)
+        self.parallel = ExpertParallel()
+        if mesh is not None:
+            layouts = parameter_layouts(self, mesh, dtype, len(stack))
+            self.parallel = ExpertParallel(mesh, layouts, check_vma=not self.ragged)
+
+    def _check_arguments(self, d_ff: int, expert_dropout: float) -> None:
+        sizes = {
+            "d_model": self.d_model,
+            "d_ff": d_ff,
+            "num_experts": self.num_experts,
+            "min_capacity": self.min_capacity,
+            "group_size": self.group_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}: use 1 or more")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if not 0 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}: use a number above 0, for example 1.25")
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"expert_dropout is {expert_dropout}: use 0 or more and less than 1")
+        check_router(self.route)
+        check_dispatch(self.dispatch, self.route)
+        num_choices = getattr(self.route, "num_choices", 1) or 1
+        if num_choices > self.num_experts:
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but router {self.route} chooses {num_choices} "
+                "different experts: use more experts or a router with fewer choices"
+            )
+        check_mesh(self.mesh, "this MoE layer", experts=self.num_experts, d_ff=d_ff)
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"] | None = None,
+        x: Float[Array, "*B D"],
+        mask: Bool[Array, "*B"] | None = None,
         *,
-        key: Key[Array, ""] | None = None,
-        token_ids: Int[Array, "B L"] | None = None,
+        key: OptionalKey = None,
+        token_ids: Int[Array, "*B"] | None = None,
         drop: bool = True,
-    ) -> tuple[Float[Array, "B L D"], LayerStats, TokenRouting]:
-        """Route, move, compute, move back.
+    ) -> tuple[Float[Array, "*B D"], LayerStats, TokenRouting]:
+        """Outputs, statistics of the batch, and the routing of each token.
 
-        `key` means training: its capacity factor, its randomness. `drop=False` gives every expert
-        room for all tokens (decoding one token at a time). Dropped tokens and padding return 0.
+        Args:
+          x: tokens, of any number of leading dimensions.
+          mask: True for real tokens (default all). Padding, like dropped tokens, returns 0.
+          key: for training: turns the router's randomness and expert dropout on, and selects the
+            training capacity factor.
+          token_ids: for routers that read them (Hash).
+          drop: False gives every expert slots for all tokens (decoding one token at a time).
+
+        Raises:
+          ValueError: x does not have d_model features, or mask or token_ids another shape than x.
         """
-        b = x.shape[0]
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        rows = (x, mask, token_ids)
+        leading = x.shape[:-1]
+        tokens = Tokens(x, jnp.ones(leading, bool) if mask is None else mask, token_ids)
+        self._check_inputs(tokens)
+        batch, length = leading[0] if leading else 1, math.prod(leading[1:])
+        shards = self.parallel.axis_size(*BATCH_AXES)
+        padded = shards * max(1, math.ceil(batch / shards))
+
+        def to_batch(array: Array) -> Array:
+            features = array.shape[len(leading) :]
+            return _pad_rows(array.reshape(batch, length, *features), padded)
+
+        def from_batch(array: Array) -> Array:
+            return array[:batch].reshape(*leading, *array.shape[2:])
+
+        forward = functools.partial(MoE._forward, drop=drop)
         if self.mesh is None:
-            (y, routing), stats = self._local(rows, key, drop, Place())
-            return y, stats, routing
-
-        def local(module, rows, key):
-            return module._local(rows, key, drop, Place(self.mesh, typed))
-
-        typed = not self.ragged
-        whole = -(-b // batch_shards(self.mesh)) * batch_shards(self.mesh)
-        split = split_over_mesh(local, self, self.mesh, self._cast, typed=typed)
-        (y, routing), stats = split(jax.tree.map(lambda a: _padded(a, whole), rows), key)
-        return y[:b], stats, jax.tree.map(lambda a: a[:b], routing)
-
-    def _cast(self, variable: nnx.Variable) -> Array:
-        """Experts compute in their own type; the router stays as it is."""
-        value = variable[...]
-        return value.astype(self.experts.dtype) if "expert" in variable.axes else value
-
-    def _local(self, rows, key, drop: bool, place: Place):
-        """The layer on one device's tokens: ((y, routing), statistics of all devices)."""
-        x, mask, token_ids = rows
-        b, length, d = x.shape
-        route_key, dropout_key = (None, None) if key is None else jax.random.split(key)
-        logits, group_mask, ids = self._grouped(x, mask, token_ids)
-        drop = drop and self.dispatch == "capacity"
-        routing = self._route(logits, group_mask, ids, route_key, drop, place)
-        tokens = _token_routing(routing, self.num_experts, (b, length))
-        stats = place.sum(layer_stats(logits, group_mask, routing), *BATCH_AXES)
-        # over the model axis every device computes its part of the same tokens
-        x = place.vary(_padded(x.reshape(-1, d), group_mask.size), "model")
-        move = self._dropless if self.dispatch == "dropless" else self._capacity
-        y = move(x, routing, dropout_key, place)[: b * length]
-        return (place.sum(y, "model").reshape(b, length, d), tokens), stats
-
-    def _capacity(self, x, routing: Routing, key, place: Place) -> Float[Array, "tokens D"]:
-        p = place.vary(plan(routing, self.num_experts), "model")
-        slots = place.to_experts(dispatch(x, p).reshape(self.num_experts, -1, x.shape[-1]))
-        experts, c, d = slots.shape
-        expert = place.index("expert") * experts + jnp.arange(experts)[:, None]
-        rank = place.index("data") * c + jnp.arange(c)[None]
-        keep = self.experts.draw(key, *jnp.broadcast_arrays(expert, rank), place)
-        return combine(place.to_tokens(self.experts(slots, keep)).reshape(-1, d), p)
-
-    def _dropless(self, x, routing: Routing, key, place: Place) -> Float[Array, "tokens D"]:
-        experts, weight = self.experts, routing.combine_weight.reshape(x.shape[0], -1)
-        ups = [w for w in (experts.wi_edf, experts.wg_edf) if w is not None]
-        up, down = place.vary(
-            jax.tree.map(
-                lambda w: w.astype(experts.dtype),
-                (tuple(w[...] for w in ups), experts.wo_efd[...]),
-            ),
-            *MESH_AXES,
-        )
-
-        def keep(key, ids):
-            drawn = experts.draw(key, jnp.zeros_like(ids)[None], ids[None], place)
-            return drawn[0] / (1 - experts.dropout)
-
-        n = place.size("expert")
-        how = dropless.Network(
-            act=experts.activate,
-            keep=keep,
-            block=dropless.block_size(weight.size * n, self.num_experts),
-            save=n == 1 or self.ragged,
-        )
-        operands = (x.astype(experts.dtype), place.vary(weight, "model"), up, down, routing)
-        options = {"key": key if experts.dropout else None, "place": place}
-        send = ragged.send if self.ragged else dropless.send
-        return send(how, *operands, **options)
-
-    def _grouped(self, x, mask, token_ids):
-        """Router logits, mask and ids as [G, S, ..], filled up with padding."""
-        tokens = mask.size
-        groups = math.ceil(tokens / self.group_size)
-        size = math.ceil(tokens / groups)
-        shape = (groups, size)
-        # zeroed, not only masked: whatever padding holds must not reach the gate's gradient
-        logits = self.router(jnp.where(mask[..., None], x, 0)).reshape(tokens, -1)
-        ids = None
-        if token_ids is not None:
-            ids = _padded(token_ids.reshape(-1), groups * size).reshape(shape)
-        logits = _padded(logits, groups * size).reshape(*shape, -1)
-        return logits, _padded(mask.reshape(-1), groups * size).reshape(shape), ids
-
-    def _route(self, logits, mask, token_ids, key, drop, place: Place) -> Routing:
-        groups, size = mask.shape
-        if drop:
-            factor = self.eval_capacity_factor if key is None else self.capacity_factor
-            shape = (size, self.num_experts, factor)
-            convention = {"choices": self.choices, "minimum": self.min_capacity}
-            capacity = slots_per_expert(*shape, **convention)
-            table = jnp.asarray(capacity_table(*shape, **convention))
-            limit = table[mask.sum(-1)]
+            forward = functools.partial(forward, self)
         else:
-            capacity, limit = size, jnp.full(groups, size)
+            forward = self.parallel.shard(forward, self)
+        outputs, stats = forward(jax.tree.map(to_batch, tokens), key)
+        y, routing = jax.tree.map(from_batch, outputs)
+        return y, stats, routing
+
+    def _check_inputs(self, tokens: Tokens) -> None:
+        leading, features = tokens.x.shape[:-1], tokens.x.shape[-1]
+        if features != self.d_model:
+            raise ValueError(
+                f"x has {features} features per token; this layer's d_model is {self.d_model}"
+            )
+        for name in ("mask", "token_ids"):
+            array = getattr(tokens, name)
+            if array is not None and array.shape != leading:
+                raise ValueError(f"{name} has shape {array.shape}; the tokens of x have {leading}")
+
+    def _forward(
+        self, tokens: Tokens, key: OptionalKey, drop: bool
+    ) -> tuple[tuple[Float[Array, "B L D"], TokenRouting], LayerStats]:
+        """The layer on one device's tokens; statistics are those of all devices."""
+        parallel, num_experts = self.parallel, self.num_experts
+        route_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+        groups = self._group(tokens)
+        # padding is zeroed: whatever it contains must not reach the router's gradient
+        logits = self.router(jnp.where(groups.mask[..., None], groups.x, 0))
+        routing = self._route(logits, groups, route_key, drop)
+
+        # all devices along the model axis process the same tokens
+        x = parallel.cast_varying(groups.x.reshape(-1, self.d_model), "model")
+        if self.dispatch == "dropless":
+            y = self._dropless(x, routing, dropout_key)
+        else:
+            indices = parallel.cast_varying(dispatch_indices(routing, num_experts), "model")
+            slots = dispatch(x, indices).reshape(num_experts, -1, self.d_model)
+            slots = parallel.all_to_all(slots, split_axis=0, concat_axis=1)
+            slots = self.experts(slots, dropout_key, parallel)
+            slots = parallel.all_to_all(slots, split_axis=1, concat_axis=0)
+            y = combine(slots.reshape(-1, self.d_model), indices)
+        y = parallel.psum(y, "model")
+
+        batch, length, _ = tokens.x.shape
+        y = y[: batch * length].reshape(batch, length, self.d_model)
+        per_token = token_routing(routing, num_experts, (batch, length))
+        stats = parallel.psum(layer_stats(logits, groups.mask, routing), *BATCH_AXES)
+        return (y, per_token), stats
+
+    def _group(self, tokens: Tokens) -> Tokens:
+        """The same tokens in groups [G, S, ..], filled up with padding."""
+        num_tokens = tokens.mask.size
+        num_groups = max(1, math.ceil(num_tokens / self.group_size))
+        group_tokens = max(1, math.ceil(num_tokens / num_groups))
+
+        def to_groups(array: Array) -> Array:
+            features = array.shape[2:]
+            flat = _pad_rows(array.reshape(num_tokens, *features), num_groups * group_tokens)
+            return flat.reshape(num_groups, group_tokens, *features)
+
+        return jax.tree.map(to_groups, tokens)
+
+    def _route(
+        self, logits: Float[Array, "G S E"], groups: Tokens, key: OptionalKey, drop: bool
+    ) -> Routing:
+        """The routing of each group, with a leading group axis."""
+        num_groups, group_tokens = groups.mask.shape
+        if drop and self.dispatch == "capacity":
+            capacity, limits = group_capacity(
+                groups.mask,
+                self.num_experts,
+                self.eval_capacity_factor if key is None else self.capacity_factor,
+                choices=self.capacity_choices,
+                minimum=self.min_capacity,
+            )
+        else:
+            capacity, limits = group_tokens, jnp.full(num_groups, group_tokens)
         keys = None
         if key is not None:  # one for each group of all devices
-            keys = jax.random.split(key, groups * place.size(*BATCH_AXES))
-            first = groups * place.index(*BATCH_AXES)
-            keys = jax.lax.dynamic_slice_in_dim(keys, first, groups)
+            keys = jax.random.split(key, num_groups * self.parallel.axis_size(*BATCH_AXES))
+            first_group = num_groups * self.parallel.axis_index(*BATCH_AXES)
+            keys = jax.lax.dynamic_slice_in_dim(keys, first_group, num_groups)
         bias = None if self.router.bias_e is None else self.router.bias_e[...]
 
-        def route(logits, mask, limit, key, token_ids):
-            return self.route(
+        def route_group(
+            logits: Float[Array, "S E"],
+            mask: Bool[Array, "S"],
+            limit: Int[Array, ""],
+            key: OptionalKey,
+            token_ids: Int[Array, "S"] | None,
+        ) -> Routing:
+            routing = self.route(
                 logits,
                 mask,
                 capacity=capacity,
@@ -438,23 +436,42 @@ class MoE(nnx.Module):
                 token_ids=token_ids,
                 bias=bias,
             )
+            return check_routing(self.route, routing, logits, capacity)
 
-        return jax.vmap(route)(logits, mask, limit, keys, token_ids)
+        return jax.vmap(route_group)(logits, groups.mask, limits, keys, groups.token_ids)
+
+    def _dropless(
+        self, x: Float[Array, "T D"], routing: Routing, dropout_key: OptionalKey
+    ) -> Float[Array, "T D"]:
+        """Dispatch, experts and combine for every choice, whatever the load."""
+        experts, parallel = self.experts, self.parallel
+        weight = routing.combine_weight.reshape(x.shape[0], -1)
+        weight = parallel.cast_varying(weight, "model")
+        up, down = parallel.cast_varying(experts.matrices(), *MESH_AXES)
+
+        def dropout_scale(key: Key[Array, ""], choice_ids: Int[Array, "M"]) -> Float[Array, "M F"]:
+            expert = jnp.zeros_like(choice_ids)
+            kept = experts.dropout_mask(key, expert, choice_ids, parallel)
+            return kept / (1 - experts.dropout)
+
+        num_devices = parallel.axis_size("expert")
+        function = ExpertFunction(
+            activation=_activate,
+            dropout_scale=dropout_scale,
+            block_rows=block_size(weight.size * num_devices, self.num_experts),
+            save_hidden=num_devices == 1 or self.ragged,
+        )
+        inputs = ExpertInputs(x.astype(experts.dtype), weight, up, down)
+        transport = ragged if self.ragged else dropless
+        return transport.dispatch_and_combine(
+            function,
+            inputs,
+            routing,
+            dropout_key=dropout_key if experts.dropout else None,
+            parallel=parallel,
+        )
 
 
-def _padded(x, rows: int):
-    return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
-def _token_routing(routing: Routing, num_experts: int, shape: tuple[int, int]) -> TokenRouting:
-    def per_token(x):
-        flat = x.reshape(-1, *x.shape[2:])
-        return flat[: shape[0] * shape[1]].reshape(*shape, *flat.shape[1:])
-
-    none = routing.expert_index >= num_experts
-    return TokenRouting(
-        expert=per_token(jnp.where(none, -1, routing.expert_index)),
-        weight=per_token(routing.combine_weight),
-        kept=per_token(routing.slot < num_experts * routing.capacity),
-        entropy=per_token(_entropy(routing.probs)),
-    )
+def _pad_rows(array: Shaped[Array, "rows *S"], num_rows: int) -> Shaped[Array, "padded *S"]:
+    missing = num_rows - array.shape[0]
+    return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))

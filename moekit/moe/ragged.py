@@ -1,238 +1,389 @@
-"""Dropless transport where a backend has a ragged all-to-all: a device sends rows, not slots.
+"""Dropless dispatch where a backend has a ragged all-to-all: devices send choices, not slots.
 
-Every expert is sent the rows that there are for it and no padding. They arrive in the order of
-experts, so nothing is sorted again: a slice is what one device has for one expert. The buffer that
-takes them has a fixed size; what finds no place in it goes around the ring of `dropless.py`, some
-rows at a time and as often as needed, usually never.
+Every expert is sent exactly the rows that were routed to it, without padding. They arrive grouped
+by expert, so nothing is sorted again: a piece of the all-to-all is what one device has for one
+expert. The receive buffer has a fixed size. Rows that do not fit (overflow) are processed in chunks
+by the all-gather / reduce-scatter transport of `dropless.py`; usually there are none.
 
-On TPUs the experts' products are the grouped kernels of megablox. They read the rows of each group
-and no others: rows past the last group are left unwritten, and nothing here reads them. Elsewhere
-they are `dropless.apply`'s blocks.
+On TPUs the experts' matmuls are the grouped kernels of megablox. They read and write the rows of
+the groups only: rows past the last group contain anything, and nothing here reads them. Elsewhere
+they are the blocks of `dropless.apply_experts`.
 
-T tokens, K choices per token, E experts, n devices on the expert axis, L = E / n experts that live
-on a device, N rows sent, R rows of the buffer, D features, F hidden features.
+T tokens, K choices per token, E experts, n devices on the expert axis, L = E / n experts on a
+device, N rows sent, R rows of the buffer, D features, F hidden features.
 """
 
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from moekit.moe.capacity import Plan, combine, dispatch
-from moekit.moe.dropless import Network, Rows, apply, backward, numbers, order, queue, take
-from moekit.moe.parallel import Place, Slices
-from moekit.moe.routing import Routing
+from moekit.moe.capacity import DispatchIndices, combine, dispatch, gather_rows
+from moekit.moe.dropless import (
+    ExpertFunction,
+    ExpertInputs,
+    GroupedRows,
+    add_gradients,
+    apply_experts,
+    choice_ids,
+    group_rows,
+    positions_in_expert,
+    round_up,
+    varying_zeros,
+)
+from moekit.moe.expert_parallel import ExpertParallel, RaggedSizes
+from moekit.moe.routing import OptionalKey, Routing
 from moekit.sharding import platform
 
-TILE = (256, 1024, 1024)  # rows, and the other two sides, of the products of a kernel
-# A buffer has room for a balanced load and SPREAD / sqrt(L) of it besides: the more experts a
-# device holds, the less their sum strays.
-SPREAD = 1 / 4
+KERNEL_TILE = (256, 1024, 1024)  # rows, input features, output features of a kernel's tiles
+# The buffer holds a balanced load and BUFFER_MARGIN / sqrt(L) of it besides: relative load
+# variance falls with the number of local experts.
+BUFFER_MARGIN = 1 / 4
 
 
-def suits(mesh: Mesh | None) -> bool:
-    """Whether the devices have the means; only a TPU gains from it without expert parallelism."""
+def is_preferred(mesh: Mesh | None) -> bool:
+    """Whether this transport is supported, and faster, on the devices of a mesh.
+
+    Without expert parallelism it is faster on TPUs only, for their kernels.
+    """
     kind = platform(mesh)
-    return kind == "tpu" or (kind != "cpu" and mesh is not None and mesh.shape["expert"] > 1)
+    if kind == "tpu":
+        return True
+    return kind != "cpu" and mesh is not None and mesh.shape["expert"] > 1
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What is fixed when compiling."""
+class Transport:
+    """What is static about the dispatch of a layer."""
 
-    buffer: int  # R
-    step: int  # late rows of a device that go around the ring at once
-    tile: int  # rows in a tile of a kernel; 0: blocks, no kernels
+    function: ExpertFunction
+    parallel: ExpertParallel
+    buffer_rows: int  # R
+    chunk_rows: int  # rows of a device's overflow that are processed at once
+    tile_rows: int  # rows in a tile of a kernel; 0: blocks instead of kernels
 
 
-class Trip(NamedTuple):
-    """Where the choices of a device go, and what comes to it."""
+class RaggedDispatch(NamedTuple):
+    """Where the choices of a device are sent, and what it receives."""
 
-    slot: Int[Array, "T K"]  # row of each choice; N where it has none
+    row: Int[Array, "T K"]  # row of each choice; N where it has none
     choice: Int[Array, "N"]  # choice of each row
     expert: Int[Array, "TK"]
-    ids: Int[Array, "TK"]
-    there: Slices
-    back: Slices
-    arrived: Rows  # rows of the buffer as choices of their own
-    late: Int[Array, "late"]  # choices that find no place, then T * K
-    rounds: Int[Array, ""]  # around the ring, for the device that needs most
+    choice_id: Int[Array, "TK"]
+    to_experts: RaggedSizes
+    to_tokens: RaggedSizes
+    received: GroupedRows  # rows of the buffer, as choices of their own
+    overflow: Int[Array, "overflow"]  # choices that do not fit, then T * K
+    num_chunks: Int[Array, ""]  # of overflow, on the device that has most
 
 
-def send(
-    how: Network,
-    x: Float[Array, "T D"],
-    weight: Float[Array, "T K"],
-    up: tuple[Float[Array, "L D F"], ...],
-    down: Float[Array, "L F D"],
+def dispatch_and_combine(
+    function: ExpertFunction,
+    inputs: ExpertInputs,
     routing: Routing,
     *,
-    key: Key[Array, ""] | None,
-    place: Place,
+    dropout_key: OptionalKey,
+    parallel: ExpertParallel,
 ) -> Float[Array, "T D"]:
-    """As `dropless.send`."""
-    n, choices = place.size("expert"), weight.size
-    tile = min(TILE[0], _multiple(choices, 8)) if place.platform == "tpu" else 0
-    room = 1 if n == 1 else 1 + SPREAD / math.sqrt(down.shape[0])
-    gaps = 0 if tile else down.shape[0] * (how.block - 1)
-    buffer = _multiple(round(room * choices) + gaps, tile or how.block)
-    sizes = Sizes(buffer, max(8, -(-choices // 64)), tile)
-    trip = _trip(routing, down.shape[0], sizes, how.block, key, place)
-    if n == 1:
-        return _through(how, place, sizes, x, weight, up, down, trip)
-    return _send(how, place, sizes, x, weight, up, down, trip)
+    """As `dropless.dispatch_and_combine`."""
+    transport = _transport(function, inputs, parallel)
+    plan = _ragged_dispatch(transport, routing, inputs.down.shape[0], dropout_key)
+    if parallel.axis_size("expert") == 1:
+        return _through_buffer(transport, inputs, plan)
+    return _with_overflow(transport, inputs, plan)
 
 
-def _multiple(rows: int, of: int) -> int:
-    return -(-rows // of) * of
+def _transport(
+    function: ExpertFunction, inputs: ExpertInputs, parallel: ExpertParallel
+) -> Transport:
+    num_choices, local_experts = inputs.weight.size, inputs.down.shape[0]
+    margin = 0 if parallel.axis_size("expert") == 1 else BUFFER_MARGIN / math.sqrt(local_experts)
+    buffer_rows = round((1 + margin) * num_choices)
+    if parallel.platform == "tpu":
+        tile_rows = min(KERNEL_TILE[0], round_up(num_choices, 8))
+        buffer_rows = round_up(buffer_rows, tile_rows)
+    else:
+        tile_rows = 0
+        gaps = local_experts * (function.block_rows - 1)
+        buffer_rows = round_up(buffer_rows + gaps, function.block_rows)
+    chunk_rows = max(8, math.ceil(num_choices / 64))
+    return Transport(function, parallel, buffer_rows, chunk_rows, tile_rows)
 
 
-def _trip(routing: Routing, local: int, sizes: Sizes, block: int, key, place: Place) -> Trip:
-    n, me = place.size("expert"), place.index("expert")
-    rank, size = queue(routing, local * n)
-    expert = routing.expert_index.reshape(rank.shape)
-    ids = numbers(expert, place)
-    slot, rows = order(expert, rank, size, ids)
-    counts = place.gather(size[None])  # [n, E]
-    # at their receiver rows lie by expert, then by sender
-    waiting = counts.reshape(n, n, local).transpose(1, 2, 0)
-    unit = 1 if sizes.tile else block
-    length = -(-waiting.sum(-1) // unit) * unit
-    begin = (jnp.cumsum(length, 1) - length)[..., None]
-    offset = begin + jnp.cumsum(waiting, 2) - waiting
-    fits = jnp.clip(sizes.buffer - offset, 0, waiting)
+def _ragged_dispatch(
+    transport: Transport, routing: Routing, local_experts: int, dropout_key: OptionalKey
+) -> RaggedDispatch:
+    parallel, buffer_rows = transport.parallel, transport.buffer_rows
+    num_devices, device = parallel.axis_size("expert"), parallel.axis_index("expert")
+    position, group_sizes = positions_in_expert(routing, local_experts * num_devices)
+    expert = routing.expert_index.reshape(position.shape)
+    ids = choice_ids(expert, parallel)
+    row, rows = group_rows(expert, position, group_sizes, ids)
 
-    def by_sender(a):
-        return a.transpose(2, 0, 1).reshape(n, n * local)
+    sent = parallel.all_gather(group_sizes[None])  # [sender, E]
+    waiting = sent.reshape(num_devices, num_devices, local_experts)
+    waiting = waiting.transpose(1, 2, 0)  # [receiver, L, sender]: the order in the buffer
+    group_start = _group_starts(transport, waiting.sum(-1))
+    offset = group_start[..., None] + jnp.cumsum(waiting, 2) - waiting
+    fitting = jnp.clip(buffer_rows - offset, 0, waiting)
+    received = _received_rows(transport, fitting[device].sum(-1), group_start[device])
 
-    def to_me(a):
-        return jax.lax.dynamic_slice_in_dim(a, me * local, local, 1).reshape(-1)
-
-    offset, fitting = by_sender(offset), by_sender(fits)
-    start = jnp.cumsum(counts, 1) - counts
-    there = Slices(start[me], fitting[me], offset[me], to_me(fitting))
-    back = Slices(to_me(offset), to_me(fitting), to_me(start), fitting[me])
-    arrived = _arrived(fits[me].sum(-1), begin[me], sizes.buffer)
-    if key is not None:
-        arriving = place.exchange(rows.id[:, None], sizes.buffer, there)
-        arrived = replace(arrived, id=arriving[:, 0], key=key)
-    behind = rank >= jnp.pad(fitting[me], (0, 1), constant_values=rank.size)[expert]
-    (late,) = jnp.nonzero(
-        behind.reshape(-1), size=_multiple(rank.size, sizes.step), fill_value=rank.size
+    offset, fitting = _by_sender(offset), _by_sender(fitting)
+    start = jnp.cumsum(sent, 1) - sent
+    columns = functools.partial(_columns_of_device, device, local_experts)
+    to_experts = RaggedSizes(
+        input_offsets=start[device],
+        send_sizes=fitting[device],
+        output_offsets=offset[device],
+        recv_sizes=columns(fitting),
     )
-    rounds = -(-jnp.max(jnp.sum(counts - fitting, 1)) // sizes.step)
-    return Trip(slot, rows.choice, expert.reshape(-1), ids, there, back, arrived, late, rounds)
+    to_tokens = RaggedSizes(
+        input_offsets=columns(offset),
+        send_sizes=columns(fitting),
+        output_offsets=columns(start),
+        recv_sizes=fitting[device],
+    )
+    if dropout_key is not None:
+        sent_ids = rows.choice_id[:, None]
+        received_ids = parallel.ragged_all_to_all(sent_ids, buffer_rows, to_experts)
+        received = replace(received, choice_id=received_ids[:, 0], dropout_key=dropout_key)
+    most_overflow = jnp.max(jnp.sum(sent - fitting, 1))
+    return RaggedDispatch(
+        row=row,
+        choice=rows.choice,
+        expert=expert.reshape(-1),
+        choice_id=ids,
+        to_experts=to_experts,
+        to_tokens=to_tokens,
+        received=received,
+        overflow=_overflow_choices(transport, expert, position, fitting[device]),
+        num_chunks=-(-most_overflow // transport.chunk_rows),
+    )
 
 
-def _arrived(size: Int[Array, "L"], begin: Int[Array, "L 1"], buffer: int) -> Rows:
-    row = jnp.arange(buffer)
-    filled = jnp.any((row >= begin) & (row < begin + size[:, None]), 0)
-    return Rows(jnp.where(filled, row, buffer), row, size, None)
+def _group_starts(
+    transport: Transport, group_sizes: Int[Array, "receiver L"]
+) -> Int[Array, "receiver L"]:
+    """The first row of each expert's group in the buffers."""
+    unit = 1 if transport.tile_rows else transport.function.block_rows
+    padded_sizes = round_up(group_sizes, unit)
+    return jnp.cumsum(padded_sizes, 1) - padded_sizes
+
+
+def _by_sender(pieces: Int[Array, "receiver L sender"]) -> Int[Array, "sender E"]:
+    by_sender = pieces.transpose(2, 0, 1)
+    return by_sender.reshape(by_sender.shape[0], -1)
+
+
+def _columns_of_device(
+    device: int | Int[Array, ""], local_experts: int, pieces: Int[Array, "sender E"]
+) -> Int[Array, "E"]:
+    """For each sender the pieces of the experts on this device."""
+    first = device * local_experts
+    return jax.lax.dynamic_slice_in_dim(pieces, first, local_experts, 1).reshape(-1)
+
+
+def _received_rows(
+    transport: Transport, group_sizes: Int[Array, "L"], group_start: Int[Array, "L"]
+) -> GroupedRows:
+    row = jnp.arange(transport.buffer_rows)
+    start = group_start[:, None]
+    filled = jnp.any((row >= start) & (row < start + group_sizes[:, None]), 0)
+    choice = jnp.where(filled, row, transport.buffer_rows)
+    return GroupedRows(choice, row, group_sizes, None)
+
+
+def _overflow_choices(
+    transport: Transport,
+    expert: Int[Array, "T K"],
+    position: Int[Array, "T K"],
+    fitting: Int[Array, "E"],
+) -> Int[Array, "overflow"]:
+    num_choices = expert.size
+    limit = jnp.pad(fitting, (0, 1), constant_values=num_choices)  # expert E: no choice
+    does_not_fit = (position >= limit[expert]).reshape(-1)
+    size = round_up(num_choices, transport.chunk_rows)
+    (overflow,) = jnp.nonzero(does_not_fit, size=size, fill_value=num_choices)
+    return overflow
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def move(
-    place: Place, rows: int, x: Float[Array, "sent D"], there: Slices, back: Slices
+def exchange(
+    parallel: ExpertParallel,
+    buffer_rows: int,
+    x: Float[Array, "sent D"],
+    sizes: RaggedSizes,
+    sizes_back: RaggedSizes,
 ) -> Float[Array, "received D"]:
-    """Rows of x to where `there` says, in buffers of `rows`; their cotangents come `back`."""
-    return place.exchange(x, rows, there)
+    """A ragged all-to-all whose gradient is the ragged all-to-all back."""
+    return parallel.ragged_all_to_all(x, buffer_rows, sizes)
 
 
-def _move_forward(place, rows, x, there, back):
-    return move(place, rows, x, there, back), (x.shape[0], back)
+def _exchange_forward(
+    parallel: ExpertParallel,
+    buffer_rows: int,
+    x: Array,
+    sizes: RaggedSizes,
+    sizes_back: RaggedSizes,
+) -> tuple[Array, tuple[int, RaggedSizes]]:
+    received = exchange(parallel, buffer_rows, x, sizes, sizes_back)
+    return received, (x.shape[0], sizes_back)
 
 
-def _move_backward(place, rows, residuals, g):
-    sent, back = residuals
-    return place.exchange(g, sent, back), None, None
+def _exchange_backward(
+    parallel: ExpertParallel,
+    buffer_rows: int,
+    residuals: tuple[int, RaggedSizes],
+    gradient: Array,
+) -> tuple[Array, None, None]:
+    sent_rows, sizes_back = residuals
+    return parallel.ragged_all_to_all(gradient, sent_rows, sizes_back), None, None
 
 
-move.defvjp(_move_forward, _move_backward)
+exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def kernels(
-    how: Network,
-    tile: int,
+def _through_buffer(
+    transport: Transport, inputs: ExpertInputs, plan: RaggedDispatch
+) -> Float[Array, "T D"]:
+    """Dispatch, all-to-all, experts, all-to-all, combine, for the rows that fit."""
+    x, weight, up, down = inputs
+    token = plan.choice // weight.shape[1]
+    indices = DispatchIndices(plan.row, token, plan.choice, weight)
+    move = functools.partial(exchange, transport.parallel)
+
+    sent = dispatch(x, indices)
+    received = move(transport.buffer_rows, sent, plan.to_experts, plan.to_tokens)
+    if transport.tile_rows:
+        output = _apply_kernels(transport, received, up, down, plan.received)
+    else:
+        weight_one = jnp.ones((transport.buffer_rows, 1))
+        received = ExpertInputs(received, weight_one, up, down)
+        output = apply_experts(transport.function, received, plan.received)
+    returned = move(plan.choice.size, output, plan.to_tokens, plan.to_experts)
+    return combine(returned, indices)
+
+
+def _apply_kernels(
+    transport: Transport,
     x: Float[Array, "R D"],
-    up: tuple[Float[Array, "L D F"], ...],
+    up: tuple[Array, ...],
     down: Float[Array, "L F D"],
-    rows: Rows,
+    rows: GroupedRows,
 ) -> Float[Array, "R D"]:
-    """Every row through its expert; rows past the last group come out as anything."""
+    """Every row through its expert; rows past the last group contain anything."""
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    def product(x, w):
-        return gmm(x, w, rows.size, x.dtype, (tile, *TILE[1:]))
+    tile = (transport.tile_rows, *KERNEL_TILE[1:])
 
-    hidden = [product(x, w) for w in up]
-    return product(how.activate(rows, rows.id, *hidden), down)
+    def grouped_matmul(x: Float[Array, "R D"], matrices: Array) -> Float[Array, "R F"]:
+        return gmm(x, matrices, rows.group_sizes, x.dtype, tile)
 
-
-def _through(how, place, sizes, x, weight, up, down, trip):
-    """What finds its place."""
-    plan = Plan(trip.slot, trip.choice // weight.shape[1], trip.choice, weight)
-    arrived = move(place, sizes.buffer, dispatch(x, plan), trip.there, trip.back)
-    if sizes.tile:
-        made = kernels(how, sizes.tile, arrived, up, down, trip.arrived)
-    else:
-        made = apply(how, arrived, jnp.ones((sizes.buffer, 1)), up, down, trip.arrived)
-    return combine(move(place, trip.choice.size, made, trip.back, trip.there), plan)
+    hidden = [grouped_matmul(x, matrices) for matrices in up]
+    activated = transport.function.activate(rows, rows.choice_id, *hidden)
+    return grouped_matmul(activated, down)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _send(how, place, sizes, x, weight, up, down, trip):
-    return _send_forward(how, place, sizes, x, weight, up, down, trip)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_overflow(
+    transport: Transport, inputs: ExpertInputs, plan: RaggedDispatch
+) -> Float[Array, "T D"]:
+    """`_through_buffer`, and the overflow in chunks."""
+    return _overflow_forward(transport, inputs, plan)[0]
 
 
-def _send_forward(how, place, sizes, x, weight, up, down, trip):
-    through = functools.partial(_through, how, place, sizes, trip=trip)
-    y, pullback = jax.vjp(through, x, weight, up, down)
-    ring = replace(how, save=False)
+def _overflow_forward(
+    transport: Transport, inputs: ExpertInputs, plan: RaggedDispatch
+) -> tuple[Array, tuple[Any, ...]]:
+    y, transpose = jax.vjp(lambda inputs: _through_buffer(transport, inputs, plan), inputs)
+    function = replace(transport.function, save_hidden=False)
 
-    def late(i, y):
-        _, token, operands, rows = _late(ring, place, sizes, i, x, weight, trip)
-        out = apply(ring, *operands, up, down, rows)
-        return y.at[token].add(place.scatter(out), mode="drop")
+    def add_chunk(index: Array, y: Array) -> Array:
+        chunk = _overflow_chunk(transport, index, inputs, plan)
+        output = apply_experts(function, chunk.inputs, chunk.rows)
+        output = transport.parallel.psum_scatter(output)
+        return y.at[chunk.token].add(output, mode="drop")
 
-    return jax.lax.fori_loop(0, trip.rounds, late, y), (pullback, x, weight, up, down, trip)
-
-
-def _send_backward(how, place, sizes, residuals, g):
-    pullback, x, weight, up, down, trip = residuals
-    ring = replace(how, save=False)
-
-    def late(i, grads):
-        dx, dweight, dup, ddown = grads
-        choice, token, operands, rows = _late(ring, place, sizes, i, x, weight, trip)
-        gs = place.gather(take(g, token))
-        dxs, dws, dup, ddown = backward(ring, *operands, up, down, rows, [], gs, dup, ddown)
-        dweight = dweight.reshape(-1).at[choice].add(place.scatter(dws)[:, 0], mode="drop")
-        dx = dx.at[token].add(place.scatter(dxs), mode="drop")
-        return dx, dweight.reshape(weight.shape), dup, ddown
-
-    return *jax.lax.fori_loop(0, trip.rounds, late, pullback(g)), None
+    y = jax.lax.fori_loop(0, plan.num_chunks, add_chunk, y)
+    return y, (transpose, inputs, plan)
 
 
-_send.defvjp(_send_forward, _send_backward)
+def _overflow_backward(
+    transport: Transport, residuals: tuple[Any, ...], gradient: Array
+) -> tuple[ExpertInputs, None]:
+    transpose, inputs, plan = residuals
+    parallel = transport.parallel
+    function = replace(transport.function, save_hidden=False)
+
+    def add_chunk(index: Array, sums: ExpertInputs) -> ExpertInputs:
+        chunk = _overflow_chunk(transport, index, inputs, plan)
+        chunk_gradient = parallel.all_gather(gather_rows(gradient, chunk.token))
+        x, weight, _, _ = chunk.inputs
+        zeros = ExpertInputs(
+            x=varying_zeros(x.shape, x.dtype, x),
+            weight=varying_zeros(weight.shape, weight.dtype, x),
+            up=sums.up,
+            down=sums.down,
+        )
+        added = add_gradients(function, (chunk.inputs, chunk.rows, []), chunk_gradient, zeros)
+        x_added = parallel.psum_scatter(added.x)
+        weight_added = parallel.psum_scatter(added.weight)[:, 0]
+        flat_weight = sums.weight.reshape(-1).at[chunk.choice].add(weight_added, mode="drop")
+        return ExpertInputs(
+            x=sums.x.at[chunk.token].add(x_added, mode="drop"),
+            weight=flat_weight.reshape(sums.weight.shape),
+            up=added.up,
+            down=added.down,
+        )
+
+    (gradients,) = transpose(gradient)
+    return jax.lax.fori_loop(0, plan.num_chunks, add_chunk, gradients), None
 
 
-def _late(ring: Network, place: Place, sizes: Sizes, i, x, weight, trip: Trip):
-    """The i-th part of this device's late choices and their tokens; then the features and weights
-    of all devices' parts, and of these the rows of the experts that live here."""
-    local = trip.arrived.size.shape[0]
-    choice = jax.lax.dynamic_slice_in_dim(trip.late, i * sizes.step, sizes.step)
-    token = choice // weight.shape[1]
-    here = trip.expert.at[choice].get(mode="fill", fill_value=-1)
-    mine = (take(x, token), take(weight.reshape(-1), choice), here, take(trip.ids, choice))
-    xs, ws, expert, ids = map(place.gather, mine)
-    expert = jnp.where(expert < 0, local, expert - place.index("expert") * local)[:, None]
-    chosen = expert == jnp.arange(local)
-    rank = jnp.sum((jnp.cumsum(chosen, 0) - 1) * chosen, 1)[:, None]
-    key, block = trip.arrived.key, ring.block
-    _, rows = order(expert, rank, chosen.sum(0), ids, block=block, key=key)
-    return choice, token, (xs, ws[:, None]), rows
+_with_overflow.defvjp(_overflow_forward, _overflow_backward)
+
+
+class _Chunk(NamedTuple):
+    """A chunk of overflow: this device's choices, and all devices' rows for its experts."""
+
+    choice: Int[Array, "chunk"]
+    token: Int[Array, "chunk"]
+    inputs: ExpertInputs
+    rows: GroupedRows
+
+
+def _overflow_chunk(
+    transport: Transport, index: Int[Array, ""], inputs: ExpertInputs, plan: RaggedDispatch
+) -> _Chunk:
+    parallel = transport.parallel
+    start = index * transport.chunk_rows
+    choice = jax.lax.dynamic_slice_in_dim(plan.overflow, start, transport.chunk_rows)
+    token = choice // inputs.weight.shape[1]
+    weight = gather_rows(inputs.weight.reshape(-1), choice)
+    all_inputs = inputs._replace(
+        x=parallel.all_gather(gather_rows(inputs.x, token)),
+        weight=parallel.all_gather(weight)[:, None],
+    )
+    ids = parallel.all_gather(gather_rows(plan.choice_id, choice))
+    expert = plan.expert.at[choice].get(mode="fill", fill_value=-1)
+    expert = parallel.all_gather(expert)
+
+    local_experts = inputs.down.shape[0]
+    local_expert = expert - parallel.axis_index("expert") * local_experts
+    local_expert = jnp.where(expert < 0, local_experts, local_expert)[:, None]
+    chosen = local_expert == jnp.arange(local_experts)
+    position = jnp.sum((jnp.cumsum(chosen, 0) - 1) * chosen, 1)[:, None]
+    _, rows = group_rows(
+        local_expert,
+        position,
+        chosen.sum(0),
+        ids,
+        block_rows=transport.function.block_rows,
+        dropout_key=plan.received.dropout_key,
+    )
+    return _Chunk(choice, token, all_inputs, rows)

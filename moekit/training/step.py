@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
-from moekit.moe.layer import LayerStats, update_router_bias
+from moekit.moe.stats import LayerStats, update_router_bias
 from moekit.sharding import BATCH_SPEC, platform, variable_spec
 from moekit.training.optim import make_optimizer, state_specs
 

@@ -1,4 +1,4 @@
-"""The MoE layer against a slow oracle: a loop over experts and tokens."""
+"""The MoE layer on one device against a slow oracle: a loop over experts."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moekit.moe.capacity import capacity_table, combine, dispatch, plan, slots_per_expert
-from moekit.moe.layer import Gate, MoE, RouterBias, update_router_bias
-from moekit.moe.routing import ExpertChoice, GShard, Hash, LossFree, Random, Switch, TopK
+from moekit.moe.layer import MoE, RouterWeights
+from moekit.moe.routing import (
+    ExpertChoice,
+    GShard,
+    Hash,
+    LossFree,
+    Random,
+    Routing,
+    Switch,
+    TopK,
+    assign,
+)
+from moekit.moe.stats import RouterBias, update_router_bias
 
 D, F, E = 8, 16, 4
 ROUTERS = [
@@ -26,17 +36,20 @@ ROUTERS = [
 def oracle(moe, x, routing):
     """y[s] = sum_k w[s, k] * FFN_expert(x[s]) over the kept choices, one expert at a time."""
     y = jnp.zeros_like(x)
-    ex = moe.experts
-    for e in range(moe.num_experts):
-        h = x @ ex.wi_edf[...][e]
-        h = jax.nn.relu(h) if ex.wg_edf is None else jax.nn.gelu(x @ ex.wg_edf[...][e]) * h
-        weight = jnp.where(routing.expert == e, routing.weight, 0).sum(-1)
-        y = y + weight[..., None] * (h @ ex.wo_efd[...][e])
+    experts = moe.experts
+    for expert in range(moe.num_experts):
+        hidden = x @ experts.wi_edf[...][expert]
+        if experts.wg_edf is None:
+            hidden = jax.nn.relu(hidden)
+        else:
+            hidden = jax.nn.gelu(x @ experts.wg_edf[...][expert]) * hidden
+        weight = jnp.where(routing.expert == expert, routing.weight, 0).sum(-1)
+        y = y + weight[..., None] * (hidden @ experts.wo_efd[...][expert])
     return y
 
 
-def layer(route, **kwargs):
-    options = {"capacity_factor": 1.0, "min_capacity": 1, "group_size": 16} | kwargs
+def layer(route, **changes):
+    options = {"capacity_factor": 1.0, "min_capacity": 1, "group_size": 16} | changes
     return MoE(D, F, E, router=route, rngs=nnx.Rngs(0), **options)
 
 
@@ -47,58 +60,74 @@ def inputs(padding=5):
     return x, mask, ids
 
 
-@pytest.mark.parametrize("activation", ["gated_gelu", "relu"])
-@pytest.mark.parametrize("route", ROUTERS, ids=str)
-def test_equals_the_oracle_forward_and_backward(route, activation):
+def assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def assert_close(got, expected, atol=1e-5):
+    def close(a, b):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+    jax.tree.map(close, got, expected)
+
+
+@pytest.mark.parametrize(
+    "route, activation",
+    [(route, "gated_gelu") for route in ROUTERS] + [(Switch(), "relu")],
+    ids=str,
+)
+def test_equals_the_oracle_and_ignores_what_padding_contains(route, activation):
     moe = layer(route, activation=activation)
     x, mask, ids = inputs()
     cotangent = jax.random.normal(jax.random.key(3), x.shape)
     graphdef, state = nnx.split(moe)
 
-    def run(state, x, slow):
-        module = nnx.merge(graphdef, state)
-        y, _, routing = module(x, mask, token_ids=ids)
-        if slow:
-            y = oracle(module, x, routing)
-        return jnp.vdot(y, cotangent), (y, routing)
+    def fast(state, x):
+        y, stats, routing = nnx.merge(graphdef, state)(x, mask, token_ids=ids)
+        losses = stats.balance_loss() + stats.router_z_loss()
+        return jnp.vdot(y, cotangent) + losses, (y, stats, routing)
 
-    grad = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
-    fast, (y, _) = grad(state, x, False)
-    slow, (expected, _) = grad(state, x, True)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
+    def slow(state, x):
+        module = nnx.merge(graphdef, state)
+        _, stats, routing = module(x, mask, token_ids=ids)
+        y = oracle(module, x, routing)
+        losses = stats.balance_loss() + stats.router_z_loss()
+        return jnp.vdot(y, cotangent) + losses, y
+
+    @jax.jit  # one program for both
+    def both(state, x):
+        zeroed = jnp.where(mask[..., None], x, 0)
+        return [
+            jax.grad(fast, argnums=(0, 1), has_aux=True)(state, x),
+            jax.grad(slow, argnums=(0, 1), has_aux=True)(state, zeroed),
+        ]
+
+    (gradients, (y, *seen)), (expected_gradients, expected) = both(state, x)
+    assert_close((y, gradients), (expected, expected_gradients))
     assert float(jnp.abs(y).max()) > 0
     assert (y[~np.asarray(mask)] == 0).all()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), fast, slow)
+
+    poisoned = jnp.where(mask[..., None], x, jnp.nan)
+    (poisoned_gradients, (poisoned_y, *poisoned_seen)), _ = both(state, poisoned)
+    assert_equal((poisoned_y, poisoned_gradients), (y, gradients))
+    assert_equal(poisoned_seen, seen)
 
 
-@pytest.mark.parametrize("route", ROUTERS, ids=str)
-def test_poisoned_padding_changes_nothing(route):
-    moe = layer(route)
-    x, mask, ids = inputs()
-    graphdef, state = nnx.split(moe)
+def test_appended_padding_changes_nothing():
+    layers = [layer(route, group_size=4096) for route in ROUTERS[:6]]
 
-    def run(state, x):
-        y, stats, _ = nnx.merge(graphdef, state)(x, mask, token_ids=ids)
-        return y.sum() + stats.balance_loss() + stats.router_z_loss(), (y, stats)
+    @jax.jit
+    def run(x, mask, ids):
+        results = [moe(x, mask, token_ids=ids) for moe in layers]
+        return [(y, stats) for y, stats, _ in results]
 
-    grad = jax.jit(jax.grad(run, has_aux=True))
-    clean, seen = grad(state, jnp.where(mask[..., None], x, 0.0))
-    poisoned, seen_poisoned = grad(state, jnp.where(mask[..., None], x, jnp.nan))
-    same = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
-    jax.tree.map(same, clean, poisoned)
-    jax.tree.map(same, seen, seen_poisoned)
-
-
-@pytest.mark.parametrize("route", ROUTERS[:6], ids=str)
-def test_appended_padding_changes_nothing(route):
-    moe = layer(route, group_size=4096)
     x, _, ids = inputs()
     mask = jnp.ones((3, 10), bool)
-    y, stats, _ = moe(x, mask, token_ids=ids)
-    wide = [jnp.pad(a, [(0, 0), (0, 7)] + [(0, 0)] * (a.ndim - 2)) for a in (x, mask, ids)]
-    padded, padded_stats, _ = moe(wide[0], wide[1], token_ids=wide[2])
-    np.testing.assert_allclose(padded[:, :10], y, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), padded_stats, stats)
+    expected = run(x, mask, ids)
+    padding = ((0, 0), (0, 7))
+    padded = run(jnp.pad(x, (*padding, (0, 0))), jnp.pad(mask, padding), jnp.pad(ids, padding))
+    assert len(padded) == 6
+    assert_close([(y[:, :10], stats) for y, stats in padded], expected, atol=1e-6)
 
 
 def test_all_padding_is_finite_and_counts_nothing():
@@ -117,6 +146,67 @@ def test_permuting_tokens_permutes_outputs_when_nothing_is_dropped():
     np.testing.assert_allclose(moe(x[:, order])[0], moe(x)[0][:, order], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "shape", [(), (12,), (4, 3), (2, 2, 3), (2, 1, 3, 2), (0,), (3, 0)], ids=str
+)
+def test_tokens_may_have_any_leading_dimensions(shape):
+    moe = layer(TopK(k=2))
+    num_tokens = int(np.prod(shape))
+    x = jax.random.normal(jax.random.key(1), (*shape, D))
+    mask = jnp.arange(num_tokens).reshape(shape) % 5 < 4
+    y, stats, routing = moe(x, mask)
+    assert y.shape == x.shape and routing.entropy.shape == shape
+    assert routing.expert.shape == routing.weight.shape == routing.kept.shape == (*shape, 2)
+    assert stats.tokens == mask.sum()
+    flat_y, flat_stats, flat_routing = moe(x.reshape(num_tokens, D), mask.reshape(-1))
+    assert_equal(flat_stats, stats)
+    assert_equal(flat_y, y.reshape(num_tokens, D))
+    assert_equal(flat_routing.expert, routing.expert.reshape(num_tokens, 2))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"router": TopK(k=5)}, "num_experts is 4, but router .*k=5.* chooses 5"),
+        ({"router": GShard(), "num_experts": 1}, "num_experts is 1, but router GShard.* chooses 2"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"d_model": 0}, "d_model is 0"),
+        ({"d_ff": -1}, "d_ff is -1"),
+        ({"capacity_factor": 0}, "^capacity_factor is 0"),
+        ({"capacity_factor": -1.0}, "^capacity_factor is -1.0"),
+        ({"capacity_factor": float("inf")}, "^capacity_factor is inf"),
+        ({"capacity_factor": float("nan")}, "^capacity_factor is nan"),
+        ({"eval_capacity_factor": 0}, "eval_capacity_factor is 0"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"min_capacity": 0}, "min_capacity is 0"),
+        ({"expert_dropout": 1.0}, "expert_dropout is 1.0"),
+        ({"expert_dropout": -0.1}, "expert_dropout is -0.1"),
+        ({"activation": "gelu"}, "unknown activation 'gelu'.*gated_gelu"),
+        ({"dispatch": "droples"}, "unknown dispatch.*did you mean 'dropless'"),
+        ({"dispatch": "dropless", "router": ExpertChoice()}, "ExpertChoice fills every"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(changes, message):
+    arguments = {"d_model": D, "d_ff": F, "num_experts": E} | changes
+    with pytest.raises(ValueError, match=message):
+        MoE(**arguments, rngs=nnx.Rngs(0))
+
+
+def test_an_evaluation_capacity_of_its_own_is_used():
+    x, _, _ = inputs()
+    small = layer(Switch(), capacity_factor=8.0, eval_capacity_factor=0.1)
+    assert small(x)[1].dropped_tokens > 0
+
+
+def test_inputs_are_checked():
+    moe = layer(Hash())
+    with pytest.raises(ValueError, match="x has 9 features per token, but d_model is 8"):
+        moe(jnp.zeros((3, D + 1)))
+    with pytest.raises(ValueError, match="the Hash router needs token_ids"):
+        moe(jnp.zeros((3, D)))
+
+
 def test_drops_are_counted_for_every_choice():
     moe = layer(TopK(k=2), capacity_factor=0.5)  # without k: 16 tokens, 2 slots for each expert
     x = jax.random.normal(jax.random.key(1), (1, 16, D))
@@ -124,32 +214,30 @@ def test_drops_are_counted_for_every_choice():
     kept = np.asarray(routing.kept)
     assert stats.load.sum() == 32 and stats.kept.sum() == kept.sum() <= 8
     assert stats.dropped_assignments == 32 - kept.sum()
-    gone = ~kept.any(-1)
-    assert stats.dropped_tokens == gone.sum() > 0
-    assert (np.asarray(y)[gone] == 0).all()
+    dropped = ~kept.any(-1)
+    assert stats.dropped_tokens == dropped.sum() > 0
+    assert (np.asarray(y)[dropped] == 0).all()
 
 
 def test_statistics_are_sums_over_groups():
-    whole = layer(TopK(k=2), group_size=15, capacity_factor=8.0)
+    moe = layer(TopK(k=2), group_size=15, capacity_factor=8.0)
     x, _, _ = inputs()
-    mask = jnp.ones((3, 10), bool)
-    total = whole(x, mask)[1]
-    halves = [whole(x.reshape(2, 15, D)[i : i + 1], jnp.ones((1, 15), bool))[1] for i in range(2)]
-    summed = jax.tree.map(jnp.add, *halves)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), total, summed)
+    total = moe(x)[1]
+    halves = [moe(half)[1] for half in x.reshape(2, 15, D)]
+    assert_close(jax.tree.map(jnp.add, *halves), total)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_router_logits_are_products_in_float32(dtype):
-    """Also on a TPU, which takes float32 for bfloat16 where nothing else is asked for."""
-    gate = Gate(256, 8, TopK(k=2), rngs=nnx.Rngs(0))
+def test_router_logits_are_matmuls_in_float32(dtype):
+    """Also on a TPU, whose default precision for float32 is bfloat16."""
+    router = RouterWeights(256, 8, TopK(k=2), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 16, 256)).astype(dtype)
-    exact = np.asarray(x, np.float64) @ np.asarray(gate.w_de[...], np.float64)
-    np.testing.assert_allclose(gate(x), exact, atol=1e-6)
-    (dot,) = (e for e in jax.make_jaxpr(gate)(x).eqns if e.primitive.name == "dot_general")
+    exact = np.asarray(x, np.float64) @ np.asarray(router.w_de[...], np.float64)
+    np.testing.assert_allclose(router(x), exact, atol=1e-6)
+    (dot,) = (e for e in jax.make_jaxpr(router)(x).eqns if e.primitive.name == "dot_general")
     of_x, of_w = dot.params["precision"]
     assert of_w == jax.lax.Precision.HIGHEST
-    assert of_x == of_w or dtype == jnp.bfloat16  # which is exact as it is
+    assert of_x == of_w or dtype == jnp.bfloat16  # a bfloat16 operand is exact in one pass
 
 
 def test_balance_loss_is_k_at_balance_and_experts_at_collapse():
@@ -161,27 +249,18 @@ def test_balance_loss_is_k_at_balance_and_experts_at_collapse():
     np.testing.assert_array_equal(stats.load, [0, 0, 8, 0])
     uniform = layer(TopK(k=2), capacity_factor=8.0)
     uniform.router.w_de[...] = jnp.zeros((D, E))
-    np.testing.assert_allclose(uniform(x)[1].balance_loss(), 2, rtol=1e-5)
-    np.testing.assert_allclose(uniform(x)[1].router_z_loss(), np.log(E) ** 2, rtol=1e-5)
-
-
-def test_capacity_conventions():
-    flax = slots_per_expert(4096, 64, 1.25, choices=1, minimum=4)
-    mesh = slots_per_expert(4096, 64, 1.25, choices=2, minimum=4)
-    assert (flax, mesh) == (80, 160)
-    assert slots_per_expert(16, 64, 1.25, choices=1, minimum=4) == 4
-    assert slots_per_expert(3, 1, 8.0, choices=1, minimum=4) == 3  # never more than tokens
-    table = capacity_table(4096, 64, 1.25, choices=1, minimum=4)
-    assert table[4096] == 80 and table[0] == 0 and (np.diff(table) >= 0).all()
+    stats = uniform(x)[1]
+    np.testing.assert_allclose(stats.balance_loss(), 2, rtol=1e-5)
+    np.testing.assert_allclose(stats.router_z_loss(), np.log(E) ** 2, rtol=1e-5)
 
 
 def test_training_uses_its_own_capacity_and_expert_dropout():
     moe = layer(Switch(), capacity_factor=1.0, eval_capacity_factor=8.0, expert_dropout=0.5)
     x, _, _ = inputs()
-    train = moe(x, key=jax.random.key(0))
-    assert train[1].dropped_tokens > 0 == moe(x)[1].dropped_tokens
-    other = moe(x, key=jax.random.key(1))
-    assert not np.allclose(train[0], other[0])
+    y, stats, _ = moe(x, key=jax.random.key(0))
+    assert stats.dropped_tokens > 0 == moe(x)[1].dropped_tokens
+    other_y, _, _ = moe(x, key=jax.random.key(1))
+    assert not np.allclose(y, other_y)
     np.testing.assert_array_equal(moe(x, drop=False)[1].dropped_tokens, 0)
 
 
@@ -203,27 +282,68 @@ def test_loss_free_bias_moves_towards_balance():
     assert isinstance(moe.router.bias_e, RouterBias)
 
 
-@pytest.mark.parametrize("route", [TopK(k=2), ExpertChoice()], ids=str)
-def test_transport_is_linear_and_its_transpose_is_its_gradient(route):
-    logits = jax.random.normal(jax.random.key(0), (2, 6, E))
-    mask = jnp.arange(12).reshape(2, 6) < 10
-    p = plan(jax.vmap(lambda a, b: route(a, b, capacity=3))(logits, mask), E)
-    x, y = jax.random.normal(jax.random.key(1), (12, D)), jnp.ones((E * 2 * 3, D))
-    _, transpose = jax.vjp(lambda x: dispatch(x, p), x)
-    np.testing.assert_allclose(jnp.vdot(dispatch(x, p), y), jnp.vdot(x, transpose(y)[0]), rtol=1e-5)
-    used = np.asarray(p.token) < 12
-    assert (np.asarray(dispatch(x, p))[~used] == 0).all()
-    poisoned = jnp.where(used[:, None], y, jnp.nan)
-    assert np.isfinite(combine(poisoned, p)).all()
+def loudest(logits, mask, *, capacity, limit=None, **_):
+    probs = jax.nn.softmax(logits)
+    best = jnp.argmax(logits, -1)[:, None]
+    return assign(best, probs.max(-1)[:, None], probs, mask, capacity=capacity, limit=limit)
 
 
 def test_a_function_is_a_router():
-    from moekit.moe.routing import assign
-
-    def loudest(logits, mask, *, capacity, limit=None, **_):
-        probs = jax.nn.softmax(logits)
-        best = jnp.argmax(logits, -1)[:, None]
-        return assign(best, probs.max(-1)[:, None], probs, mask, capacity=capacity, limit=limit)
-
     x, mask, _ = inputs()
     np.testing.assert_allclose(layer(loudest)(x, mask)[0], layer(Switch())(x, mask)[0], atol=1e-6)
+
+
+def test_a_router_that_the_layer_cannot_call_is_refused():
+    def forgetful(logits, mask, *, capacity):
+        return loudest(logits, mask, capacity=capacity)
+
+    def demanding(logits, mask, temperature, **_):
+        return loudest(logits, mask, **_)
+
+    with pytest.raises(
+        ValueError, match=r"forgetful.*'limit'.*capacity=, limit=, key=, token_ids="
+    ):
+        layer(forgetful)
+    with pytest.raises(ValueError, match=r"router demanding.*'temperature'"):
+        layer(demanding)
+
+
+def test_a_router_balanced_by_bias_needs_a_rate():
+    def biased(logits, mask, *, capacity, limit=None, bias=None, **_):
+        return loudest(logits + bias, mask, capacity=capacity, limit=limit)
+
+    biased.balanced_by_bias = True
+    with pytest.raises(ValueError, match="biased has balanced_by_bias=True but no rate"):
+        layer(biased)
+    biased.rate = 0.1
+    assert layer(biased).router.bias_e.rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda routing: (routing.expert_index, routing.combine_weight),
+            "returned tuple: return a",
+        ),
+        (lambda routing: None, "returned NoneType: return a Routing"),
+        ({"combine_weight": (3, 2)}, r"combine_weight has shape \(3, 2\).*need \(6, 1\)"),
+        ({"expert_index": (5, 1)}, r"expert_index has shape \(5, 1\).*need \(6, 1\)"),
+        ({"slot_to_choice": (9,)}, r"slot_to_choice has shape \(9,\).*4 experts and 2 slots"),
+        ({"probs": (6, 3)}, r"probs has shape \(6, 3\).*need \(6, 4\)"),
+        ({"capacity": 1}, "capacity 1: use the capacity that it was called with, 2"),
+    ],
+    ids=str,
+)
+def test_what_a_router_returns_is_checked(change, message):
+    def broken(logits, mask, *, capacity, limit=None, **_):
+        routing = loudest(logits, mask, capacity=capacity, limit=limit)
+        if callable(change):
+            return change(routing)
+        fields = {**vars(routing)}
+        for name, shape in change.items():
+            fields[name] = jnp.zeros(shape, int) if isinstance(shape, tuple) else shape
+        return Routing(**fields)
+
+    with pytest.raises(ValueError, match=f"router broken.*{message}"):
+        layer(broken)(jnp.ones((6, D)))

@@ -1,5 +1,5 @@
-"""The transport of TPUs and GPUs on CPU devices: their all-to-all and kernels are played by slow
-ones, and whatever no group owns is poisoned."""
+"""The ragged transport of TPUs and GPUs on CPU devices: slow substitutes stand in for its
+all-to-all and kernels, and rows that belong to no group are poisoned."""
 
 import functools
 
@@ -11,8 +11,8 @@ from flax import nnx
 from jax.experimental.pallas.ops.tpu import megablox
 
 from moekit.moe import ragged
+from moekit.moe.expert_parallel import ExpertParallel
 from moekit.moe.layer import MoE
-from moekit.moe.parallel import Place
 from moekit.moe.routing import Switch, TopK
 from moekit.sharding import make_mesh
 
@@ -87,23 +87,21 @@ def layer(route, mesh=None, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "platform, route, spread, sizes",
+    "platform, route, margin, sizes",
     [
         ("tpu", TopK(k=2), 1 / 3, MESHES[0]),
-        ("tpu", Switch(), -0.6, MESHES[0]),  # hardly a place: most rows go around the ring
+        ("tpu", Switch(), -0.6, MESHES[0]),  # a small buffer: most rows overflow
         ("tpu", TopK(k=2), -0.9, MESHES[1]),
         ("tpu", TopK(k=2), 1 / 3, None),
         ("gpu", TopK(k=2), -0.5, MESHES[1]),
     ],
     ids=str,
 )
-def test_rows_that_travel_alone_equal_the_portable_transport(
-    platform, route, spread, sizes, monkeypatch
-):
+def test_ragged_equals_the_portable_transport(platform, route, margin, sizes, monkeypatch):
     expected = step(layer(route, expert_dropout=0.2))
-    monkeypatch.setattr(ragged, "suits", lambda mesh: True)
-    monkeypatch.setattr(ragged, "SPREAD", spread)
-    monkeypatch.setattr(Place, "platform", platform)
+    monkeypatch.setattr(ragged, "is_preferred", lambda mesh: True)
+    monkeypatch.setattr(ragged, "BUFFER_MARGIN", margin)
+    monkeypatch.setattr(ExpertParallel, "platform", platform)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", all_to_all)
     monkeypatch.setattr(megablox, "gmm", grouped)
     got = step(layer(route, sizes and make_mesh(**sizes), expert_dropout=0.2))
@@ -111,7 +109,7 @@ def test_rows_that_travel_alone_equal_the_portable_transport(
 
 
 def test_the_kernels_read_no_row_past_the_last_group():
-    """What the poison above takes for granted, in the kernels themselves (interpreted)."""
+    """As the substitutes assume, checked on the kernels themselves (interpreted)."""
     sizes = jnp.array([5, 0, 6], jnp.int32)
     x, w = jax.random.normal(jax.random.key(0), (16, 8)), jnp.ones((3, 8, 8))
     g = jax.random.normal(jax.random.key(1), (16, 8))

@@ -48,7 +48,7 @@ def test_switch_overflow_and_ties():
     np.testing.assert_array_equal(r.expert_index[:, 0], [0, 0, 0, 0])
     np.testing.assert_array_equal(r.slot[:, 0], [0, 1, 4, 4])
     np.testing.assert_allclose(r.combine_weight[:, 0], [0.9, 0.6, 0, 0], rtol=1e-6)
-    np.testing.assert_array_equal(r.assignment, [0, 1, 4, 4])
+    np.testing.assert_array_equal(r.slot_to_choice, [0, 1, 4, 4])
 
 
 def test_choice_order_serves_all_first_choices_first():
@@ -58,14 +58,14 @@ def test_choice_order_serves_all_first_choices_first():
     np.testing.assert_array_equal(token.slot, [[0, 1], [2, 2]])
     choice = TopK(k=2, priority="choice")(probs, real(2), capacity=1)
     np.testing.assert_array_equal(choice.slot, [[0, 2], [1, 2]])
-    np.testing.assert_array_equal(choice.assignment, [0, 2])
+    np.testing.assert_array_equal(choice.slot_to_choice, [0, 2])
 
 
 def test_batch_order_serves_confident_tokens_first():
     probs = logits_of([[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]])
     r = TopK(k=1, priority="batch")(probs, real(3), capacity=1)
     np.testing.assert_array_equal(r.slot[:, 0], [2, 0, 2])
-    np.testing.assert_array_equal(r.assignment, [1, 3])
+    np.testing.assert_array_equal(r.slot_to_choice, [1, 3])
 
 
 def test_gshard_weights_and_random_second_expert():
@@ -84,7 +84,7 @@ def test_gshard_weights_and_random_second_expert():
 def test_expert_choice_takes_the_best_tokens():
     probs = logits_of([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
     r = ExpertChoice()(probs, real(3), capacity=2)
-    np.testing.assert_array_equal(r.assignment, [1 * 2, 0 * 2, 2 * 2 + 1, 0 * 2 + 1])
+    np.testing.assert_array_equal(r.slot_to_choice, [1 * 2, 0 * 2, 2 * 2 + 1, 0 * 2 + 1])
     np.testing.assert_allclose(r.combine_weight, [[0.6, 0.4], [0.9, 0.0], [0.0, 0.8]], rtol=1e-6)
 
 
@@ -118,14 +118,14 @@ def test_slots_and_tokens_are_each_others_inverse(route, seed, capacity, padding
         key=key,
         token_ids=jax.random.randint(k_ids, (s,), 0, 100),
     )
-    slot, assignment = np.asarray(r.slot), np.asarray(r.assignment)
+    slot, slot_to_choice = np.asarray(r.slot), np.asarray(r.slot_to_choice)
     k, none = slot.shape[1], e * capacity
     for choice, where in enumerate(slot.reshape(-1)):
         if where < none:
-            assert assignment[where] == choice
+            assert slot_to_choice[where] == choice
             assert where // capacity == np.asarray(r.expert_index).reshape(-1)[choice]
             assert where % capacity < max(1, capacity - 1)  # never past the limit
-    assert (assignment < s * k).sum() == (slot < none).sum()
+    assert (slot_to_choice < s * k).sum() == (slot < none).sum()
     kept = slot < none
     assert not kept[~np.asarray(mask)].any(), "padding took a slot"
     assert (np.asarray(r.expert_index)[~np.asarray(mask)] == e).all()
@@ -180,3 +180,9 @@ def test_names():
         TopK(k=2, priority="tokens")
     with pytest.raises(ValueError, match="1 or more"):
         TopK(k=0)
+
+
+@pytest.mark.parametrize("route", [TopK(k=3), GShard(), LossFree(k=2)], ids=str)
+def test_no_expert_is_chosen_twice(route):
+    with pytest.raises(ValueError, match="cannot choose among 1 experts"):
+        route(jnp.zeros((2, 1)), real(2), capacity=1)
