@@ -129,7 +129,7 @@ class ExpertParallel:
 
     def axis_index(self, *axes: str) -> int | Int[Array, ""]:
         """This device's index along some mesh axes, of which the first is the slowest."""
-        return 0 if self.mesh is None else jax.lax.axis_index(axes)
+        return 0 if self.axis_size(*axes) == 1 else jax.lax.axis_index(axes)
 
     def all_to_all(
         self, slots: Float[Array, "E C D"], *, split_axis: int, concat_axis: int
@@ -183,7 +183,12 @@ class ExpertParallel:
         return tree if self.mesh is None else jax.lax.psum(tree, axes)
 
     def cast_varying(self, tree: Any, *axes: str) -> Any:
-        """Cast replicated arrays to device-varying; their gradients are psummed here."""
-        if self.mesh is None or not self.check_vma or self.axis_size(*axes) == 1:
+        """Cast replicated arrays to device-varying; their gradients are psummed here.
+
+        Nothing varies over a model axis of one device, so that axis is left out.
+        """
+        if self.axis_size("model") == 1:
+            axes = tuple(set(axes) - {"model"})
+        if self.mesh is None or not self.check_vma or not axes:
             return tree
         return jax.tree.map(functools.partial(cast_varying, axes=axes), tree)

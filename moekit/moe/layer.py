@@ -347,9 +347,7 @@ class MoE(nnx.Module):
     def _check_inputs(self, tokens: Tokens) -> None:
         leading, features = tokens.x.shape[:-1], tokens.x.shape[-1]
         if features != self.d_model:
-            raise ValueError(
-                f"x has {features} features per token; this layer's d_model is {self.d_model}"
-            )
+            raise ValueError(f"x has {features} features per token, but d_model is {self.d_model}")
         for name in ("mask", "token_ids"):
             array = getattr(tokens, name)
             if array is not None and array.shape != leading:
@@ -377,7 +375,8 @@ class MoE(nnx.Module):
             slots = self.experts(slots, dropout_key, parallel)
             slots = parallel.all_to_all(slots, split_axis=1, concat_axis=0)
             y = combine(slots.reshape(-1, self.d_model), indices)
-        y = parallel.psum(y, "model")
+        if parallel.axis_size("model") > 1:
+            y = parallel.psum(y, "model")
 
         batch, length, _ = tokens.x.shape
         y = y[: batch * length].reshape(batch, length, self.d_model)
