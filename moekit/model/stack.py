@@ -213,7 +213,7 @@ def run_layer(
     key: OptionalKey,
     block_index: Int[Array, ""],
 ) -> tuple[Float[Array, "B L D"], Routed]:
-    """layer(x, context, key), rematerialized in the backward pass as `context.remat` says."""
+    """layer(x, context, key), rematerialized under the policy `context.remat`."""
     if context.remat == "none":
         return layer(x, context, key)
     graphdef, state = nnx.split(layer)
