@@ -34,10 +34,8 @@ from .analysis.trace import (
     trace_routing as trace_routing,
 )
 from .config import (
-    PRESETS as PRESETS,
     ModelConfig as ModelConfig,
     TrainConfig as TrainConfig,
-    preset as preset,
 )
 from .data.batch import (
     Batch as Batch,
@@ -130,6 +128,10 @@ from .planning.compile_step import (
 )
 from .planning.step_plan import (
     Plan as Plan,
+)
+from .presets import (
+    PRESETS as PRESETS,
+    preset as preset,
 )
 from .sharding import (
     make_mesh as make_mesh,

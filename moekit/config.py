@@ -1,9 +1,4 @@
-"""Configurations and presets: frozen dataclasses that check themselves.
-
-Presets are named family-size. Sizes follow the public flaxformer and T5 v1.1 configurations, the
-closest public description of the paper's models (its own table of architectures is not
-complete); nano and mini are ours. "FLAN" is a stage of training, not a shape.
-"""
+"""Configurations of models and of training: frozen dataclasses that check themselves."""
 
 import dataclasses
 import hashlib
@@ -16,18 +11,22 @@ from typing import Any, NamedTuple
 from moekit.errors import unknown
 from moekit.moe import routing
 from moekit.moe.layer import ACTIVATIONS, check_dispatch
-from moekit.moe.routing import ExpertChoice, GShard, Router, Switch, TopK
+from moekit.moe.routing import Router, Switch
 
 DTYPES = ("float32", "bfloat16")
 FREEZABLE = ("router", "experts", "moe")
 OPTIMIZERS = ("adafactor", "adamw")
 REMATS = ("none", "dots", "full")
 SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
+MAX_INTEGER = 2**31 - 1  # steps and sizes are 32-bit integers on devices
+MAX_SEED = 2**32 - 1
 
 
 class Parameters(NamedTuple):
+    """Parameters of a model, and those that one encoder plus one decoder token use."""
+
     total: int
-    active: int  # used by one encoder plus one decoder token
+    active: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,21 @@ class ModelConfig:
     """An encoder-decoder T5 whose feed-forward layers may be sparse.
 
     With S sparse of L layers in a stack, layer i is sparse when i mod (L / S) == L / S - 1.
-    Raises ValueError on construction for every combination that cannot be built.
+
+    Args:
+      num_experts: 0 is a dense model.
+      expert_d_ff: hidden features of an expert; default d_ff.
+      extra_d_ff: hidden features of ST-MoE's dense FFN after every MoE block; default none.
+      decoder_router: default the encoder's.
+      capacity_counts_k: True multiplies an expert's capacity by the router's choices (as
+        Mesh-TensorFlow and GShard do), False does not (flaxformer).
+      dispatch: "capacity", or "dropless": every token reaches its experts.
+      allow_future_leak: permits routers that look at later tokens in the decoder.
+      max_length: longest input in tokens.
+      tokenizer: "byte" or the path of a SentencePiece model.
+
+    Raises:
+      ValueError: a combination that cannot be built.
     """
 
     name: str
@@ -52,94 +65,115 @@ class ModelConfig:
     expert_dropout: float = 0.0
     relative_buckets: int = 32
     relative_max_distance: int = 128
-    num_experts: int = 0  # 0: dense
+    num_experts: int = 0
     encoder_moe_layers: int = 0
     decoder_moe_layers: int = 0
-    expert_d_ff: int | None = None  # default d_ff
-    extra_d_ff: int | None = None  # ST-MoE's dense FFN after every MoE block
+    expert_d_ff: int | None = None
+    extra_d_ff: int | None = None
     router: Router | str = Switch()  # noqa: RUF009  a frozen dataclass
-    decoder_router: Router | str | None = None  # default: the encoder's
+    decoder_router: Router | str | None = None
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
-    capacity_counts_k: bool = False  # flaxformer's convention; True: Mesh-TensorFlow, GShard
+    capacity_counts_k: bool = False
     min_capacity: int = 4
     group_size: int = 4096
-    dispatch: str = "capacity"  # or "dropless": every token reaches its experts
+    dispatch: str = "capacity"
     balance_loss: float = 1e-2
     router_z_loss: float = 0.0
-    allow_future_leak: bool = False  # opt-in to routers that see later tokens in the decoder
-    max_length: int = 2048  # longest input the model is asked to read, in tokens
-    tokenizer: str | None = None  # "byte" or the path of a SentencePiece model
+    allow_future_leak: bool = False
+    max_length: int = 2048
+    tokenizer: str | None = None
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("router", "decoder_router"):
-            if isinstance(getattr(self, field), str):
-                object.__setattr__(self, field, routing.router(getattr(self, field)))
-        self._check_ranges()
-        if self.num_experts:
-            self._check_experts()
+            value = getattr(self, field)
+            if isinstance(value, str):
+                object.__setattr__(self, field, routing.router(value))
+        self._check_fields()
+        if self.num_experts > 0:
+            self._check_moe_layers("encoder")
+            self._check_moe_layers("decoder")
+            self._check_routers()
 
-    def _check_ranges(self):
-        positive = ("d_model", "d_ff", "num_heads", "head_dim", "encoder_layers", "decoder_layers")
-        for field in (*positive, "vocab_size", "group_size", "min_capacity", "max_length"):
-            if getattr(self, field) < 1:
-                raise self._bad(field, "use 1 or more")
+    def _check_fields(self) -> None:
+        _check_integers(
+            self,
+            self.name,
+            minimum=1,
+            fields=(
+                "d_model",
+                "d_ff",
+                "num_heads",
+                "head_dim",
+                "encoder_layers",
+                "decoder_layers",
+                "vocab_size",
+                "group_size",
+                "min_capacity",
+                "max_length",
+            ),
+        )
         for field in ("capacity_factor", "eval_capacity_factor"):
-            if not getattr(self, field) > 0:
-                raise self._bad(field, "use a number above 0, for example 1.25")
+            _check_positive(self, self.name, field)
+        for field in ("balance_loss", "router_z_loss"):
+            _check_not_negative(self, self.name, field)
         for field in ("dropout", "expert_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise self._bad(field, "use 0 or more and less than 1")
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+            _check_rate(self, self.name, field)
+        _check_choice(self, "activation", ACTIVATIONS)
+        _check_choice(self, "dtype", DTYPES)
         if self.num_experts < 0:
-            raise self._bad("num_experts", "use 0 for a dense model or a positive number")
+            fix = "use 0 for a dense model or a positive number"
+            raise _bad_field(self, self.name, "num_experts", fix)
 
-    def _check_experts(self):
-        for stack in ("encoder", "decoder"):
-            layers, sparse = getattr(self, f"{stack}_layers"), getattr(self, f"{stack}_moe_layers")
-            if sparse < 0 or (sparse and layers % sparse):
-                fits = [n for n in range(1, layers + 1) if layers % n == 0]
-                raise self._bad(f"{stack}_moe_layers", f"of {layers} layers, use one of {fits}")
-        if not self.encoder_moe_layers + self.decoder_moe_layers:
-            raise self._bad("num_experts", "give encoder_moe_layers or decoder_moe_layers as well")
-        for router in {self.router, self.decoder_router or self.router}:
+    def _check_moe_layers(self, stack: str) -> None:
+        layers = getattr(self, f"{stack}_layers")
+        sparse = getattr(self, f"{stack}_moe_layers")
+        if sparse < 0 or (sparse > 0 and layers % sparse != 0):
+            divisors = [number for number in range(1, layers + 1) if layers % number == 0]
+            fix = f"of {layers} layers, use one of {divisors}"
+            raise _bad_field(self, self.name, f"{stack}_moe_layers", fix)
+
+    def _check_routers(self) -> None:
+        if self.encoder_moe_layers + self.decoder_moe_layers == 0:
+            fix = "give encoder_moe_layers or decoder_moe_layers as well"
+            raise _bad_field(self, self.name, "num_experts", fix)
+        decoder_router = self.stack_router("decoder")
+        for router in (self.router, decoder_router):
             choices = getattr(router, "num_choices", 1) or 1
             if choices > self.num_experts:
-                raise self._bad("num_experts", f"{router} picks {choices} different experts")
+                fix = f"{router} picks {choices} different experts"
+                raise _bad_field(self, self.name, "num_experts", fix)
             check_dispatch(self.dispatch, router)
-        router = self.decoder_router or self.router
-        leaks = self.decoder_moe_layers and not getattr(router, "causal", False)
-        if leaks and not self.allow_future_leak:
+        is_causal = getattr(decoder_router, "causal", False)
+        if self.decoder_moe_layers and not is_causal and not self.allow_future_leak:
             raise ValueError(
-                f"{self.name}: in a decoder {router} would let a token's output depend on later "
-                "tokens of its group; give a decoder_router that serves tokens in order (such as "
-                'TopK(k=2) or GShard(priority="token"), or set `causal = True` on your own), or '
-                "allow_future_leak=True to do it all the same"
+                f"{self.name}: in a decoder {decoder_router} would let a token's output depend on "
+                "later tokens of its group; give a decoder_router that serves tokens in order "
+                '(such as TopK(k=2) or GShard(priority="token"), or set `causal = True` on your '
+                "own), or allow_future_leak=True to permit it"
             )
 
-    def _bad(self, field: str, fix: str) -> ValueError:
-        return ValueError(f"{self.name}: {field} is {getattr(self, field)}; {fix}")
-
-    def replace(self, **changes) -> "ModelConfig":
+    def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with changes; ValueError (with near misses) for a field that does not exist."""
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {field.name for field in dataclasses.fields(self)}
         for field in changes:
             if field not in known:
                 raise unknown("field of ModelConfig", field, known)
         return dataclasses.replace(self, **changes)
 
     def moe_layers(self, stack: str) -> int:
+        """Number of sparse layers of "encoder" or "decoder"."""
         return getattr(self, f"{stack}_moe_layers") if self.num_experts else 0
 
     def stack_router(self, stack: str) -> Router:
-        return self.decoder_router or self.router if stack == "decoder" else self.router
+        """The router of "encoder" or "decoder"."""
+        if stack == "decoder" and self.decoder_router is not None:
+            return self.decoder_router
+        return self.router
 
     def active_experts(self, stack: str) -> int:
-        """Experts a token meets: its router's choices, as far as evaluation has slots for them."""
+        """Experts that process a token: its choices, as far as evaluation has slots for them."""
         choices = getattr(self.stack_router(stack), "num_choices", 1)
         slots = self.eval_capacity_factor
         if choices and self.capacity_counts_k:
@@ -151,75 +185,84 @@ class ModelConfig:
         sizes = {"heads": self.num_heads, "d_ff": self.d_ff}
         if self.num_experts:
             sizes["expert_d_ff"] = self.expert_d_ff or self.d_ff
-        return sizes | ({"extra_d_ff": self.extra_d_ff} if self.extra_d_ff else {})
+        if self.extra_d_ff:
+            sizes["extra_d_ff"] = self.extra_d_ff
+        return sizes
 
     def num_parameters(self) -> Parameters:
-        """Counted analytically; total equals the arrays of an `EncoderDecoder`."""
-        total, active = 0, 0
-        for stack in ("encoder", "decoder"):
-            own = self._stack_parameters(stack)
-            total, active = total + own.total, active + own.active
+        """Counted analytically; the total equals the arrays of an `EncoderDecoder`."""
+        encoder = self._stack_parameters("encoder")
+        decoder = self._stack_parameters("decoder")
         embedding = self.vocab_size * self.d_model
-        head = 0 if self.tied_logits else embedding
-        return Parameters(total + embedding + head, active + embedding + head)
+        shared = embedding if self.tied_logits else 2 * embedding
+        return Parameters(
+            total=encoder.total + decoder.total + shared,
+            active=encoder.active + decoder.active + shared,
+        )
 
     def _stack_parameters(self, stack: str) -> Parameters:
-        layers, sparse = getattr(self, f"{stack}_layers"), self.moe_layers(stack)
-        d = self.d_model
-        dense, expert = (
-            self.ffn_parameters(self.d_ff),
-            self.ffn_parameters(self.expert_d_ff or self.d_ff),
-        )
-        attentions = 2 if stack == "decoder" else 1
-        shared = layers * attentions * (4 * d * self.num_heads * self.head_dim + d)
-        shared += (layers - sparse) * dense + layers * d + d  # a norm before each FFN, one last
-        shared += self.relative_buckets * self.num_heads
+        layers = getattr(self, f"{stack}_layers")
+        sparse = self.moe_layers(stack)
+        attentions_per_layer = 2 if stack == "decoder" else 1
+        attention = self.attention_parameters() + self.d_model  # with its norm
+        ffn_norms = layers * self.d_model
+        final_norm = self.d_model
+        dense = layers * attentions_per_layer * attention + ffn_norms + final_norm
+        dense += (layers - sparse) * self.ffn_parameters(self.d_ff)
+        dense += self.relative_buckets * self.num_heads
+        dense += sparse * self.d_model * self.num_experts  # routers
         if self.extra_d_ff:
-            shared += sparse * (self.ffn_parameters(self.extra_d_ff) + d)
-        gates = sparse * d * self.num_experts
-        active = shared + gates + sparse * self.active_experts(stack) * expert
-        return Parameters(shared + gates + sparse * self.num_experts * expert, active)
+            dense += sparse * (self.ffn_parameters(self.extra_d_ff) + self.d_model)
+        expert = self.ffn_parameters(self.expert_d_ff or self.d_ff)
+        return Parameters(
+            total=dense + sparse * self.num_experts * expert,
+            active=dense + sparse * self.active_experts(stack) * expert,
+        )
+
+    def attention_parameters(self) -> int:
+        """Of the four kernels of an attention layer."""
+        return 4 * self.d_model * self.num_heads * self.head_dim
 
     def ffn_parameters(self, d_ff: int) -> int:
-        """Of a feed-forward network with so many hidden features."""
-        return (3 if self.activation == "gated_gelu" else 2) * self.d_model * d_ff
+        """Of a feed-forward network with `d_ff` hidden features."""
+        matrices = 3 if self.activation == "gated_gelu" else 2
+        return matrices * self.d_model * d_ff
 
     def flops_per_token(self) -> tuple[float, float]:
         """Forward FLOPs of one encoder and one decoder token: 2 x active matrix parameters.
 
-        The decoder's include the output head; attention scores and router logits are left out, as
+        The decoder's include the output head. Attention scores and router logits are left out, as
         in the FLOPs per token that the papers print.
         """
-        flops = []
-        for stack in ("encoder", "decoder"):
-            sparse, layers = self.moe_layers(stack), getattr(self, f"{stack}_layers")
-            attentions = 2 if stack == "decoder" else 1
-            matrices = layers * attentions * 4 * self.d_model * self.num_heads * self.head_dim
-            matrices += (layers - sparse) * self.ffn_parameters(self.d_ff)
-            matrices += (
-                sparse
-                * self.active_experts(stack)
-                * self.ffn_parameters(self.expert_d_ff or self.d_ff)
-            )
-            matrices += sparse * self.ffn_parameters(self.extra_d_ff or 0)
-            if stack == "decoder":
-                matrices += self.vocab_size * self.d_model
-            flops.append(2.0 * matrices)
-        return flops[0], flops[1]
+        head = self.vocab_size * self.d_model
+        encoder = self._active_matrix_parameters("encoder")
+        decoder = self._active_matrix_parameters("decoder") + head
+        return 2.0 * encoder, 2.0 * decoder
+
+    def _active_matrix_parameters(self, stack: str) -> int:
+        layers = getattr(self, f"{stack}_layers")
+        sparse = self.moe_layers(stack)
+        attentions_per_layer = 2 if stack == "decoder" else 1
+        expert = self.ffn_parameters(self.expert_d_ff or self.d_ff)
+        sparse_layer = self.active_experts(stack) * expert
+        sparse_layer += self.ffn_parameters(self.extra_d_ff or 0)
+        dense_layer = self.ffn_parameters(self.d_ff)
+        attention = layers * attentions_per_layer * self.attention_parameters()
+        return attention + sparse * sparse_layer + (layers - sparse) * dense_layer
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; routers as {"router": class name, field: value, ..}."""
-        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for field in ("router", "decoder_router"):
-            if shallow[field] is not None:
-                shallow[field] = _router_to_dict(shallow[field])
-        return shallow
+            if values[field] is not None:
+                values[field] = _router_to_dict(values[field])
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; a router of your own must be put back with `replace`."""
         values = dict(values)
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)}
         for field in values:
             if field not in known:
                 raise unknown("field of ModelConfig", field, known)
@@ -229,13 +272,14 @@ class ModelConfig:
         return cls(**values)
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name the configuration."""
+        """Twelve hexadecimal digits that identify the configuration."""
         return digest(self.to_dict())
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """A short, stable name of a JSON-ready mapping."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve hexadecimal digits that identify a JSON-ready mapping."""
+    encoded = json.dumps(values, sort_keys=True).encode()
+    return hashlib.sha256(encoded).hexdigest()[:12]
 
 
 def _router_to_dict(router: Router) -> dict[str, Any]:
@@ -246,11 +290,11 @@ def _router_to_dict(router: Router) -> dict[str, Any]:
 
 def _router_from_dict(values: Mapping[str, Any]) -> Router:
     known = {type(router).__name__: type(router) for router in routing.ROUTERS.values()}
-    rest = dict(values)
-    name = rest.pop("router")
+    fields = dict(values)
+    name = fields.pop("router")
     if name not in known:
         raise unknown("router", name, known)
-    return known[name](**rest)
+    return known[name](**fields)
 
 
 @dataclass(frozen=True)
@@ -283,6 +327,9 @@ class TrainConfig:
       save_every: Steps between checkpoints; 0 saves only at the end.
       keep: Number of checkpoints to keep.
       data_workers: Processes of a host that read ahead; 0 uses a thread.
+
+    Raises:
+      ValueError: a value out of range, naming the field.
     """
 
     steps: int = 1000
@@ -306,37 +353,38 @@ class TrainConfig:
     keep: int = 2
     data_workers: int = 0
 
-    def __post_init__(self):
-        for field in ("steps", "batch_tokens", "input_length", "target_length", "log_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; use 1 or more")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate}; use a number above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; use 0 to below 1")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; use a number above 0, or None")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.z_loss < 0:
-            raise ValueError("warmup_steps, weight_decay and z_loss cannot be negative")
-        if min(self.eval_every, self.save_every, self.data_workers) < 0 or self.keep < 1:
-            raise ValueError(
-                "eval_every, save_every and data_workers cannot be negative; keep is at least 1"
-            )
+    def __post_init__(self) -> None:
+        owner = "TrainConfig"
+        at_least_one = (
+            "steps",
+            "batch_tokens",
+            "input_length",
+            "target_length",
+            "log_every",
+            "keep",
+        )
+        _check_integers(self, owner, minimum=1, fields=at_least_one)
+        at_least_zero = ("warmup_steps", "eval_every", "save_every", "data_workers")
+        _check_integers(self, owner, minimum=0, fields=at_least_zero)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise _bad_field(self, owner, "seed", f"use 0 to {MAX_SEED} (32 bits)")
+        _check_positive(self, owner, "learning_rate")
+        if self.clip_norm is not None:
+            _check_positive(self, owner, "clip_norm")
+        _check_not_negative(self, owner, "weight_decay")
+        _check_not_negative(self, owner, "z_loss")
+        _check_rate(self, owner, "label_smoothing")
+        _check_choice(self, "optimizer", OPTIMIZERS)
+        _check_choice(self, "schedule", SCHEDULES)
+        _check_choice(self, "remat", REMATS)
+        for part in self.freeze:
+            if part not in FREEZABLE:
+                raise unknown("part to freeze", part, FREEZABLE)
         if self.batch_tokens < self.input_length + self.target_length:
             raise ValueError(
                 f"batch_tokens is {self.batch_tokens}, less than one row of {self.input_length} + "
                 f"{self.target_length}; raise it or shorten the lengths"
             )
-        for field, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("remat", REMATS),
-        ):
-            if getattr(self, field) not in choices:
-                raise unknown(field, getattr(self, field), choices)
-        for part in self.freeze:
-            if part not in FREEZABLE:
-                raise unknown("part to freeze", part, FREEZABLE)
 
     @property
     def batch_size(self) -> int:
@@ -344,115 +392,60 @@ class TrainConfig:
         rows = self.batch_tokens // (self.input_length + self.target_length)
         return rows - rows % 8 if rows >= 8 else rows
 
-    def replace(self, **changes) -> "TrainConfig":
+    def replace(self, **changes: Any) -> "TrainConfig":
+        """A copy with changes; ValueError (with near misses) for a field that does not exist."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for field in changes:
+            if field not in known:
+                raise unknown("field of TrainConfig", field, known)
         return dataclasses.replace(self, **changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = dataclasses.asdict(self)
+        values["freeze"] = list(self.freeze)
+        return values
 
-# size: layers of each stack, d_model, d_ff, heads (of 64)
-_SIZES = {
-    "small": (8, 512, 1024, 6),
-    "base": (12, 768, 2048, 12),
-    "large": (24, 1024, 2816, 16),
-    "xl": (24, 2048, 5120, 32),
-    "xxl": (24, 4096, 10240, 64),
-}
-_GSHARD = {"router": GShard(), "decoder_router": GShard(priority="token")}
-_EC = {"router": ExpertChoice(), "decoder_router": TopK(k=2), "balance_loss": 0.0}
-# raw top-2 probabilities and capacity without k, as flaxformer runs them
-_ST = {"router": TopK(k=2), "router_z_loss": 1e-4}
-
-
-def _shape(layers: int, d_model: int, d_ff: int, heads: int, head_dim: int = 64, **rest) -> dict:
-    stacks = {"encoder_layers": layers, "decoder_layers": layers}
-    sizes = {"d_model": d_model, "d_ff": d_ff, "num_heads": heads, "head_dim": head_dim}
-    return {**stacks, **sizes, **rest}
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`."""
+        values = dict(values)
+        values["freeze"] = tuple(values.get("freeze", ()))
+        return cls().replace(**values)
 
 
-def _experts(count: int, sparse: int, **rest) -> dict:
-    return {
-        "num_experts": count,
-        "encoder_moe_layers": sparse,
-        "decoder_moe_layers": sparse,
-        **rest,
-    }
+def _bad_field(config: Any, owner: str, field: str, fix: str) -> ValueError:
+    value = str(getattr(config, field))
+    shown = value if len(value) <= 40 else f"{value[:20]}.. ({len(value)} characters)"
+    return ValueError(f"{owner}: {field} is {shown}; {fix}")
 
 
-def _published() -> dict[str, dict]:
-    relu = {"activation": "relu", "tied_logits": True}
-    table = {f"t5-{size}": _shape(*shape) for size, shape in _SIZES.items()}
-    for size, experts, sparse in (
-        ("small", 32, 2),
-        ("base", 64, 3),
-        ("large", 64, 6),
-        ("xl", 64, 6),
-        ("xxl", 64, 6),
-    ):
-        table[f"gshard-{size}"] = _shape(*_SIZES[size]) | _experts(experts, sparse, **_GSHARD)
-        if size != "xxl":
-            table[f"ec-{size}"] = _shape(*_SIZES[size]) | _experts(
-                experts, 2 * sparse, capacity_factor=1.0, eval_capacity_factor=1.0, **_EC
-            )
-    table |= {
-        "switch-base": _shape(12, 768, 3072, 12, group_size=8192, **relu) | _experts(128, 6),
-        "switch-large": _shape(24, 1024, 4096, 16, **relu) | _experts(128, 12),
-        "switch-xxl": _shape(*_SIZES["xxl"])
-        | _experts(128, 12, min_capacity=2, eval_capacity_factor=4.0),
-        "switch-c": _shape(15, 2080, 6144, 30, group_size=2048, **relu)
-        | _experts(2048, 15, capacity_factor=1.0, min_capacity=2),
-        "st-base": _shape(*_SIZES["base"], extra_d_ff=2048) | _experts(16, 3, **_ST),
-        "st-xl": _shape(*_SIZES["xl"], extra_d_ff=5120, group_size=1024)
-        | _experts(16, 6, capacity_factor=2.0, eval_capacity_factor=4.0, **_ST),
-        "st-32b": _shape(24, 5120, 20480, 64, 128, extra_d_ff=20480)
-        | _experts(64, 6, **_ST | {"router_z_loss": 1e-3}),
-    }
-    return {name: {"dtype": "bfloat16", **values} for name, values in table.items()}
+def _check_integers(config: Any, owner: str, minimum: int, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        if getattr(config, field) < minimum:
+            raise _bad_field(config, owner, field, f"use {minimum} or more")
+        if getattr(config, field) > MAX_INTEGER:
+            raise _bad_field(config, owner, field, f"use at most {MAX_INTEGER}")
 
 
-def _ours() -> dict[str, dict]:
-    """nano and mini: every flavour spends the FLOPs of its dense twin on each token.
-
-    Top-2 halves the experts' d_ff; ST-MoE spends half on the extra FFN and a quarter on each of two
-    experts; Expert Choice gives each token one expert on average.
-    """
-    small = {
-        "nano": (
-            _shape(2, 64, 256, 2, 32, vocab_size=384, tokenizer="byte", max_length=4096),
-            8,
-            1,
-        ),
-        "mini": (_shape(4, 192, 512, 3, 64, vocab_size=8192, max_length=2048), 16, 2),
-    }
-    table = {}
-    for size, (shape, experts, sparse) in small.items():
-        half, quarter = shape["d_ff"] // 2, shape["d_ff"] // 4
-        # Mesh-TensorFlow's capacity: with few tokens a batch, k must count or half of it is dropped
-        counts = {"capacity_counts_k": True}
-        table |= {
-            f"t5-{size}": shape,
-            f"switch-{size}": shape | _experts(experts, sparse),
-            f"gshard-{size}": shape
-            | _experts(experts, sparse, expert_d_ff=half, **counts, **_GSHARD),
-            f"ec-{size}": shape
-            | _experts(
-                experts,
-                sparse,
-                capacity_factor=1.0,
-                eval_capacity_factor=1.0,
-                **_EC | {"decoder_router": Switch()},
-            ),
-            f"st-{size}": shape
-            | _experts(experts, sparse, expert_d_ff=quarter, extra_d_ff=half, **counts)
-            | _ST
-            | {"router": TopK(k=2, normalise=True), "router_z_loss": 1e-3},
-        }
-    return table
+def _check_positive(config: Any, owner: str, field: str) -> None:
+    value = getattr(config, field)
+    if not (value > 0 and math.isfinite(value)):
+        raise _bad_field(config, owner, field, "use a finite number above 0")
 
 
-PRESETS: dict[str, dict] = _ours() | _published()
+def _check_not_negative(config: Any, owner: str, field: str) -> None:
+    value = getattr(config, field)
+    if not (value >= 0 and math.isfinite(value)):
+        raise _bad_field(config, owner, field, "use 0 or a finite number above it")
 
 
-def preset(name: str) -> ModelConfig:
-    """The configuration of that name; ValueError with near misses for an unknown one."""
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return ModelConfig(name=name, **PRESETS[name])
+def _check_rate(config: Any, owner: str, field: str) -> None:
+    if not 0 <= getattr(config, field) < 1:
+        raise _bad_field(config, owner, field, "use 0 or more and less than 1")
+
+
+def _check_choice(config: Any, field: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, field)
+    if value not in choices:
+        raise unknown(field, value, choices)

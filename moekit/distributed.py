@@ -1,11 +1,12 @@
-"""One run on several hosts: how it starts, which rows are whose, how its processes agree.
+"""One run on several hosts: starting it, sharding batches over processes, agreeing on values.
 
-Every process runs the same program (jax's way); with one process everything here is trivial.
+Every process runs the same program, as is usual in JAX. With one process all of this is trivial.
 """
 
 import json
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,17 +27,18 @@ def start(
 ) -> None:
     """Join the other processes of a run, before any other use of jax.
 
-    On a TPU slice (Cloud TPU VMs or GKE) jax finds them by itself and no argument is needed;
-    elsewhere a run of one process goes on alone.
+    On a TPU slice (Cloud TPU VMs or GKE) jax finds the other processes and no argument is needed.
+    Elsewhere, without arguments, the run has one process.
 
     Args:
       coordinator: host:port of process 0; default the environment's JAX_COORDINATOR_ADDRESS.
-      processes, process_id: how many there are and which this is; Slurm and Open MPI tell jax.
-      timeout: seconds to wait for the others.
+      processes, process_id: number of processes and the number of this one, from 0; jax reads them
+        from the environment of Slurm and Open MPI.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      ValueError: the arguments do not make a run.
-      TimeoutError: the others did not come.
+      ValueError: the arguments are incomplete or contradict each other.
+      TimeoutError: the other processes did not join.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     given = bool(coordinator) or processes is not None or process_id is not None
@@ -46,7 +48,7 @@ def start(
         raise ValueError(f"coordinator is {coordinator!r}: give the host:port of process 0")
     errors: list[Exception] = []
 
-    def join():
+    def join() -> None:
         try:
             jax.distributed.initialize(
                 coordinator or None,
@@ -58,97 +60,110 @@ def start(
         except Exception as error:
             errors.append(error)
 
-    # jax aborts the process when its own time is up: a thread of ours gives up before
+    # jax aborts the process at its own timeout: we time out first, in a thread
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
+        address = f" at {coordinator}" if coordinator else ""
         raise TimeoutError(
-            f"waited {timeout} s for the other processes of this run"
-            + (f" at {coordinator}" if coordinator else "")
-            + ": start the same command on every worker (--worker=all on Cloud TPU), each with the "
-            "same coordinator, which they must be able to reach, and number of processes"
+            f"waited {timeout} s for the other processes of this run{address}: start the same "
+            "command on every worker (--worker=all on Cloud TPU), each with the same number of "
+            "processes and the same coordinator, which every worker must be able to reach"
         )
     if errors and given:
         raise ValueError(
             f"cannot join a run at {coordinator} as process {process_id} of {processes}: "
             f"{errors[0]}; give coordinator, processes and process_id (from 0) to each"
         )
+    # a TPU without the metadata of a slice is driven by one process: these errors are expected
     if errors and not isinstance(errors[0], (ValueError, ConnectionError)):
-        raise errors[0]  # else a TPU without a slice's metadata: one process drives it
+        raise errors[0]
 
 
 def _on_tpu() -> bool:
-    """Whether jax saw TPU chips when it was imported, and may use them."""
-    on_gke = {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys()
-    chips = bool(on_gke) or "TPU_SKIP_MDS_QUERY" not in os.environ  # jax sets it without chips
-    return chips and "tpu" in (jax.config.jax_platforms or "tpu").split(",")
+    """Whether jax found TPU chips when it was imported, and may use them."""
+    on_gke = "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_PROCESS_ADDRESSES" in os.environ
+    has_chips = on_gke or "TPU_SKIP_MDS_QUERY" not in os.environ  # jax sets it without chips
+    platforms = jax.config.jax_platforms or "tpu"
+    return has_chips and "tpu" in platforms.split(",")
 
 
 def is_first() -> bool:
-    """Whether this process speaks for the run."""
+    """True on process 0, which logs."""
     return jax.process_index() == 0
 
 
-def gathered(value: Any) -> list:
-    """The JSON-ready values of all processes, in order."""
+def allgather_objects(value: Any) -> list[Any]:
+    """The JSON-ready values of all processes, by process number."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
-    return [json.loads(row[:n].tobytes()) for row, n in zip(texts, sizes, strict=True)]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(encoded.size))
+    padded = np.pad(encoded, (0, sizes.max() - encoded.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def first_does(action: Callable[[], Any]) -> None:
-    """Let the first process act; an OSError of its is raised on all."""
+def run_on_first(action: Callable[[], Any]) -> None:
+    """Call a function on process 0 only; an OSError there is raised on every process."""
     error = None
     if is_first():
         try:
             action()
-        except OSError as failure:
-            error = failure
-    if message := gathered(error and str(error))[0]:
-        raise error or OSError(message)
+        except OSError as raised:
+            error = raised
+    message = allgather_objects(None if error is None else str(error))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(message)
 
 
-def to_host(tree):
-    """Global arrays, whole, as numpy arrays on every process."""
-    return jax.tree.map(
-        lambda x: (
-            jax.device_get(x)
-            if x.is_fully_addressable
-            else multihost_utils.process_allgather(x, tiled=True)
-        ),
-        tree,
-    )
+def to_host(tree: Any) -> Any:
+    """Global arrays as whole numpy arrays, on every process."""
+
+    def fetch(array: jax.Array) -> Any:
+        if array.is_fully_addressable:
+            return jax.device_get(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(fetch, tree)
 
 
-def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
-    """(i, n): the devices of this process hold part i of n of a batch's rows.
+def process_shard(mesh: Mesh | None) -> tuple[int, int]:
+    """(i, n): the devices of this process hold shard i of n of a batch's rows.
 
-    Processes that only the model axis tells apart hold the same part.
+    Processes that differ only along the model axis hold the same shard.
 
     Raises:
-      ValueError: the parts are not equal.
+      ValueError: the processes hold different numbers of rows.
     """
     if mesh is None:
         return 0, 1
-    shards, held = batch_shards(mesh), {}
-    for device, (rows,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,)).items():
-        held.setdefault(device.process_index, set()).add(rows.start or 0)
-    parts = sorted({tuple(sorted(part)) for part in held.values()})
-    if len({*map(len, parts)}) > 1 or sum(map(len, parts)) != shards:
+    num_shards = batch_shards(mesh)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    held: dict[int, set[int]] = defaultdict(set)  # numbers of the rows of each process
+    for device, (rows,) in sharding.devices_indices_map((num_shards,)).items():
+        held[device.process_index].add(rows.start or 0)
+    distinct = sorted({tuple(sorted(rows)) for rows in held.values()})
+    sizes = [len(rows) for rows in distinct]
+    if len(set(sizes)) > 1 or sum(sizes) != num_shards:
         raise ValueError(
             f"{len(held)} processes cannot share data={mesh.shape['data']} times "
             f"expert={mesh.shape['expert']} evenly: choose a multiple or a divisor of {len(held)}"
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    own = tuple(sorted(held[jax.process_index()]))
+    return distinct.index(own), len(distinct)
 
 
-def join_rows(batch, mesh: Mesh | None):
-    """A tree of arrays of all rows, on the devices, of each process's part of them."""
+def make_global_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """A batch on the devices, of all rows, from the rows of each process."""
     if mesh is None:
         return jax.device_put(batch)
-    rows = NamedSharding(mesh, BATCH_SPEC)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def make_global(rows: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(make_global, batch)

@@ -25,7 +25,7 @@ from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.recorded import draw_study
 from moekit.analysis.specialization import domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
-from moekit.config import ModelConfig, TrainConfig, preset
+from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import unigram_entropy
 from moekit.data.corpora import corpus as open_corpus
 from moekit.data.files import data_dir
@@ -40,6 +40,7 @@ from moekit.errors import unknown
 from moekit.evaluation.evaluator import evaluate
 from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
+from moekit.presets import preset
 from moekit.training.loop import Callback, Run, train
 
 SOURCES = ("builtin", "mirror")

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -6,6 +7,8 @@ import moekit as mk
 from moekit.config import TrainConfig, digest
 from moekit.moe.routing import ExpertChoice, GShard, TopK
 
+INFINITY = float("inf")
+NAN = float("nan")
 # billions of parameters and GFLOPs per encoder and decoder token, from flaxformer's configurations
 SIZES = {
     "t5-small": (0.077, 0.038, 0.083),
@@ -56,7 +59,12 @@ def test_all_flavours_of_a_size_spend_their_dense_twins_flops(size):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capacity_factor": 0.0}, "capacity_factor is 0.0; use a number above 0"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0; use a finite number above 0"),
+        ({"eval_capacity_factor": INFINITY}, "eval_capacity_factor is inf"),
+        ({"balance_loss": -1e-2}, "balance_loss is -0.01; use 0 or a finite number"),
+        ({"balance_loss": NAN}, "balance_loss is nan"),
+        ({"router_z_loss": INFINITY}, "router_z_loss is inf"),
+        ({"vocab_size": 10**29}, r"vocab_size is 10{29}; use at most 2147483647"),
         ({"num_experts": -1}, "num_experts is -1"),
         ({"d_model": 0}, "d_model is 0; use 1 or more"),
         ({"dropout": 1.0}, "dropout is 1.0; use 0 or more"),
@@ -108,12 +116,32 @@ def test_round_trip_and_digest(name):
         ({"freeze": ("routers",)}, "did you mean 'router'"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
-        ({"z_loss": -1.0}, "cannot be negative"),
+        ({"clip_norm": INFINITY}, "clip_norm is inf"),
+        ({"clip_norm": NAN}, "clip_norm is nan"),
+        ({"z_loss": -1.0}, "z_loss is -1.0; use 0 or a finite number"),
+        ({"z_loss": NAN}, "z_loss is nan"),
+        ({"weight_decay": NAN}, "weight_decay is nan"),
+        ({"weight_decay": INFINITY}, "weight_decay is inf"),
+        ({"learning_rate": INFINITY}, "learning_rate is inf"),
+        ({"learning_rate": NAN}, "learning_rate is nan"),
+        ({"label_smoothing": NAN}, "label_smoothing is nan"),
+        ({"steps": 10**29}, r"steps is 10{29}; use at most 2147483647"),
+        ({"steps": 10**99}, r"steps is 10{19}.. \(100 characters\)"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; use 0 or more"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999; use 0 to 4294967295"),
+        ({"seed": -1}, "seed is -1"),
+        ({"keep": 0}, "keep is 0; use 1 or more"),
+        ({"step": 3}, "did you mean 'steps'"),
     ],
 )
 def test_training_settings_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        TrainConfig().replace(**changes)
+
+
+def test_training_settings_survive_json():
+    config = TrainConfig(freeze=("router",), clip_norm=1.0, seed=2**32 - 1)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_digest_ignores_order():

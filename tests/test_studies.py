@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from moekit import studies
-from moekit.config import ModelConfig, TrainConfig, preset
+from moekit.config import ModelConfig, TrainConfig
+from moekit.presets import preset
 from moekit.studies import StudyConfig, StudySetup
 from moekit.training.loop import Run
 from moekit.training.metrics import Metrics

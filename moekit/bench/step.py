@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from moekit import config
+from moekit import presets
 from moekit.bench.timing import full_batch, interleaved_times, median_ratio
 from moekit.config import ModelConfig, TrainConfig
 from moekit.model.transformer import EncoderDecoder
@@ -97,14 +97,14 @@ def step(
 
 def _models(preset: str, dispatch: str) -> list[ModelConfig]:
     """The preset and, if it has one, its dense twin."""
-    cfg = config.preset(preset)
+    cfg = presets.preset(preset)
     if cfg.num_experts:
         cfg = cfg.replace(dispatch=dispatch)
     size = preset.partition("-")[2]
     twin = f"t5-{size}"
-    if twin == preset or twin not in config.PRESETS:
+    if twin == preset or twin not in presets.PRESETS:
         return [cfg]
-    return [cfg, config.preset(twin)]
+    return [cfg, presets.preset(twin)]
 
 
 class _TrainingRun:
@@ -115,8 +115,7 @@ class _TrainingRun:
         compiled = compiled_step(model, train)
         _, params, rest = nnx.split(model, nnx.Param, ...)
         self.update = compiled.update
-        self.key = jax.random.key(0)
-        self.state = (params, rest, compiled.start(params))
+        self.state = compiled.start(params, rest, seed=0)
         tokens = full_batch(batch, train.input_length, train.target_length, cfg.vocab_size)
         self.batch = shard_batch(tokens, mesh)
         programs_before = self.update._cache_size()
@@ -126,7 +125,7 @@ class _TrainingRun:
         self.first_programs = max(1, programs_before)
 
     def step(self) -> None:
-        *self.state, report = self.update(*self.state, self.batch, self.key)
+        self.state, report = self.update(self.state, self.batch)
         jax.block_until_ready(report)
 
     def recompilations(self) -> int:

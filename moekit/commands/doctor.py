@@ -154,7 +154,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def preset_sizes() -> list[dict[str, Any]]:
     """Parameters in billions and forward GFLOPs per token of every preset; nothing is allocated."""
-    from moekit.config import PRESETS, preset
+    from moekit.presets import PRESETS, preset
 
     rows = []
     for name in PRESETS:

@@ -22,13 +22,14 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
-from moekit.config import ModelConfig, preset
+from moekit.config import ModelConfig
 from moekit.model.counting import step_flops
 from moekit.model.transformer import EncoderDecoder
 from moekit.planning.chips import CHIPS, link_seconds
 from moekit.planning.program_cost import Cost, program_cost
 from moekit.planning.request import PlanRequest, largest_expert_axis
 from moekit.planning.step_plan import ESTIMATE, Plan
+from moekit.presets import preset
 from moekit.sharding import MESH_AXES
 from moekit.training.step import abstract_batch, compiled_step
 
@@ -139,9 +140,9 @@ def _compile(request: PlanRequest) -> Plan:
     mesh = _slice_mesh(request)
     model = nnx.eval_shape(lambda: EncoderDecoder(request.cfg, mesh=mesh))
     step = compiled_step(model, request.train)
-    batch, key = abstract_batch(request.train, mesh)
+    batch = abstract_batch(request.train, mesh)
     start = time.perf_counter()
-    lowered = step.update.lower(step.params, step.rest, step.opt_state, batch, key)
+    lowered = step.update.lower(step.state, batch)
     try:
         compiled = lowered.compile(compiler_options=_compiler_options(request.num_chips))
     except jax.errors.JaxRuntimeError as error:

@@ -1,46 +1,64 @@
-"""The training loop: log, progress, evaluation, checkpoints, guards."""
+"""The training loop: steps, log, validation, checkpoints."""
 
 import functools
 import itertools
+import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from moekit.config import TrainConfig
-from moekit.data.batch import Batch
+from moekit.data.batch import Batch, stack_rows
 from moekit.data.loader import batches
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
-from moekit.distributed import gathered, is_first, join_rows, share_of_rows
+from moekit.distributed import allgather_objects, is_first, make_global_batch, process_shard
 from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import batch_shards
-from moekit.training.checkpoint import Checkpoints, differing, restore_model, to_json
+from moekit.training.checkpoint import Checkpoints, describe_differences, to_json
+from moekit.training.guards import (
+    NonFiniteLoss,
+    StopSignal,
+    all_finite,
+    check_processes_agree,
+    check_settings,
+    describe_kept,
+)
 from moekit.training.metrics import Metrics
 from moekit.training.optim import schedule
+from moekit.training.state import (
+    TrainState,
+    checkpoint_items,
+    copy_arrays,
+    split_model,
+    state_from_items,
+)
 from moekit.training.step import compiled_step, token_losses
 
-EVAL_BATCHES = 16  # of a validation loss
-_CALLS = itertools.count(1)
-# settings that a resumed run may alter
-_MAY_CHANGE = ["steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers"]
+VALIDATION_BATCHES = 16
+FORMAT = 2  # of a run's checkpoints; 1 had other optimizer states
+LEARNING_RATE_SETTINGS = ("learning_rate", "schedule", "warmup_steps", "clip_norm")
+LOOP_SETTINGS = ("steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers")
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves: the model (the one given, now trained), its log, where it is kept, and
-    what it read in this session, by task and cluster."""
+    """Result of `train`.
+
+    Args:
+      model: the model given, trained in place.
+      metrics: the log of the whole run.
+      data: statistics of the data that this call read.
+    """
 
     model: EncoderDecoder
     metrics: Metrics
@@ -49,267 +67,328 @@ class Run:
     data: DataStatistics
 
 
-class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite."""
-
-
 @functools.lru_cache(maxsize=16)
-def _compiled_eval(graphdef):
-    def sums(state, batch):
-        out = nnx.merge(graphdef, state)(batch)
-        return token_losses(out.logits, batch.targets, batch.loss_weights)
+def _compiled_losses(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, Any]]:
+    def losses(state: nnx.State, batch: Batch) -> dict[str, Any]:
+        output = nnx.merge(graphdef, state)(batch)
+        return token_losses(output.logits, batch.targets, batch.loss_weights)
 
-    return jax.jit(sums)
+    return jax.jit(losses)
 
 
 def evaluate_loss(model: EncoderDecoder, stream: Sequence[Batch]) -> dict[str, float]:
     """Cross-entropy (nats a target token) and next-token accuracy: ratios of sums.
 
-    On several hosts the stream holds this process's part of each batch's rows.
+    On several hosts the stream holds this process's shard of each batch.
     """
     graphdef, state = nnx.split(model)
-    step, total = _compiled_eval(graphdef), None
+    losses = _compiled_losses(graphdef)
+    totals = {"cross_entropy": 0.0, "hits": 0.0, "count": 0.0}
     for batch in stream:
-        # one at a time: collectives in flight starve each other of a small machine's threads
-        sums = jax.block_until_ready(step(state, join_rows(batch, model.mesh)))
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    count = float(total["count"])
-    loss, hits = float(total["cross_entropy"]), float(total["hits"])
-    return {"valid_loss": loss / count, "valid_accuracy": hits / count}
+        sums = losses(state, make_global_batch(batch, model.mesh))
+        # one batch at a time: concurrent collectives compete for the threads of a small machine
+        sums = jax.device_get(sums)
+        for name in totals:
+            totals[name] += float(sums[name])
+    return {
+        "valid_loss": totals["cross_entropy"] / totals["count"],
+        "valid_accuracy": totals["hits"] / totals["count"],
+    }
 
 
-class _Trainer:
-    """The state of a run between steps."""
+def program_settings(config: TrainConfig) -> TrainConfig:
+    """The configuration without what does not change the compiled step: runs share programs."""
+    config = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1, data_workers=0)
+    if config.schedule in ("constant", "rsqrt"):
+        config = config.replace(steps=1)  # these do not depend on the length of a run
+    return config
 
-    def __init__(self, model, source, config, tokenizer, workdir):
-        self.model, self.config, self.source = model, config, source
+
+class Trainer:
+    """A run between two steps: its state, its stream of batches, its log and its checkpoints."""
+
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        source: Any,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        *,
+        workdir: Path | None = None,
+        eval_source: Any = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.model = model
+        self.source = source
+        self.config = config
         self.tokenizer = tokenizer
-        self.shape = {
-            "input_length": config.input_length,
-            "target_length": config.target_length,
-            "batch_size": config.batch_size,
-            "shard": share_of_rows(model.mesh),
-        }
-        workers = config.data_workers
-        self.stream = batches(source, tokenizer, seed=config.seed, workers=workers, **self.shape)
-        self.ahead, self.position = None, self.stream.get_state()
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        # copies: the compiled step reuses its arguments' memory, the caller keeps the model
-        self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
-        timeless = config.replace(
-            seed=0, log_every=1, eval_every=0, save_every=0, keep=1, data_workers=0
+        self.workdir = workdir
+        self.callbacks = callbacks
+        self.shard = process_shard(model.mesh)
+        self.stream = self.read_split(source, "train", seed=config.seed, repeat=True)
+        self.validation = self.read_validation(eval_source)
+        self.step = compiled_step(model, program_settings(config))
+        self.learning_rate = schedule(config)
+        self.state: TrainState | None = None
+        self.num_done = 0  # the state's step, on the host
+        self.next_batch: Batch | None = None
+        self.pending: list[dict[str, Any]] = []  # reports of the steps since the last log row
+        self.unlogged = self.stream.take_statistics()
+        self.data = self.unlogged
+        logs = workdir is not None and is_first()
+        self.metrics = Metrics(workdir / "metrics.jsonl" if logs else None)
+        self.checkpoints: Checkpoints | None = None
+
+    # Data
+
+    def read_split(self, source: Any, split: str, *, seed: int, repeat: bool) -> Any:
+        return batches(
+            source,
+            self.tokenizer,
+            input_length=self.config.input_length,
+            target_length=self.config.target_length,
+            batch_size=self.config.batch_size,
+            seed=seed,
+            split=split,
+            repeat=repeat,
+            shard=self.shard,
+            workers=self.config.data_workers if repeat else 0,
         )
-        if config.schedule in ("constant", "rsqrt"):
-            timeless = timeless.replace(steps=1)  # one program for runs of any length
-        self.step = compiled_step(model, timeless)
-        self.opt_state = self.step.start(self.params)
-        self.schedule, self.done = schedule(config), 0
-        self.workdir = Path(workdir) if workdir else None
-        self.checkpoints = None
-        self.metrics = Metrics(self.workdir / "metrics.jsonl" if workdir and is_first() else None)
-        self.pending: list[dict] = []
-        self.counts = self.data = self.stream.take_statistics()
-        self.key = jax.random.key(config.seed)
+
+    def read_validation(self, eval_source: Any) -> list[Batch]:
+        """The first batches of a source's "valid" split; none without a source."""
+        if eval_source is None:
+            return []
+        try:
+            stream = self.read_split(eval_source, "valid", seed=0, repeat=False)
+            found = list(itertools.islice(stream, VALIDATION_BATCHES))
+        except (TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"eval_source has no usable valid split: {error}") from error
+        stream.close()
+        # processes may run out of rows at different times: fill up with empty batches
+        num_batches = max(allgather_objects(len(found)))
+        if num_batches == 0:
+            raise ValueError(
+                "eval_source has no examples in its valid split: pass a source that has some, or "
+                "no eval_source"
+            )
+        num_rows = self.config.batch_size // self.shard[1]
+        blank = stack_rows([[]] * num_rows, (self.config.input_length, self.config.target_length))
+        return found + [blank] * (num_batches - len(found))
+
+    def read_batch(self) -> Batch:
+        return make_global_batch(next(self.stream), self.model.mesh)
+
+    # Steps
 
     def advance(self) -> None:
-        batch = self.ahead or self.read()
-        key = jax.random.fold_in(self.key, self.done)
-        self.params, self.rest, self.opt_state, report = self.step.update(
-            self.params, self.rest, self.opt_state, batch, key
-        )
+        """Do one step; does not wait for the device."""
+        batch = self.read_batch() if self.next_batch is None else self.next_batch
+        state, report = self.step.update(replace(self.state, position={}), batch)
+        self.state = replace(state, position=self.stream.get_state())
+        self.num_done += 1
         self.pending.append(report)
-        self.done += 1
-        self.position = self.stream.get_state()
-        self.counts += self.stream.take_statistics()
-        # the next batch is read and sent while the device computes
-        self.ahead = self.read() if self.done < self.config.steps else None
+        self.unlogged += self.stream.take_statistics()
+        # the next batch is read while the device computes
+        self.next_batch = self.read_batch() if self.num_done < self.config.steps else None
         if self.model.mesh is not None and jax.default_backend() == "cpu":
-            # collectives of two steps in flight starve each other of a small machine's threads
+            # concurrent collectives compete for the threads of a small machine
             jax.block_until_ready(report)
 
-    def read(self) -> Batch:
-        return join_rows(next(self.stream), self.model.mesh)
+    def current_rate(self) -> float:
+        return float(self.learning_rate(max(0, self.num_done - 1)))
 
-    def flush(self, since: float) -> dict:
-        """Log the mean of the steps since a time; the only wait for the device."""
-        reports = jax.device_get(self.pending)
-        seconds = time.perf_counter() - since
-        row = {key: float(np.mean([r[key] for r in reports])) for key in reports[0]}
-        self.pending = []
+    def check_finite(self) -> None:
+        """Raise NonFiniteLoss if the loss of a step since the last log row is not finite."""
+        self.pending = jax.device_get(self.pending)  # waits for the device
+        first_step = self.num_done - len(self.pending) + 1
+        for step, report in enumerate(self.pending, first_step):
+            if not math.isfinite(report["loss"]):
+                raise self.diverged(f"loss is {report['loss']} at step {step}")
+
+    def diverged(self, what: str) -> NonFiniteLoss:
+        steps = [] if self.checkpoints is None else self.checkpoints.steps()
+        folder = None if self.checkpoints is None else self.checkpoints.folder
+        return NonFiniteLoss(
+            f"{what} (learning rate {self.current_rate():.3g}): lower learning_rate, set "
+            f"clip_norm=1.0 or raise warmup_steps; {describe_kept(folder, steps)}"
+        )
+
+    def log(self, seconds: float) -> dict[str, Any]:
+        """Add a row of means over the steps since the last one, which took that many seconds."""
+        self.check_finite()
+        row: dict[str, Any] = {}
+        for key in self.pending[0]:
+            row[key] = float(np.mean([report[key] for report in self.pending]))
         step_tokens = self.config.batch_size * (
             self.config.input_length + self.config.target_length
         )
-        if not np.isfinite(row["loss"]):
-            raise NonFiniteLoss(
-                f"loss is {row['loss']} at step {self.done} (learning rate "
-                f"{self.rate():.3g}): lower learning_rate, set clip_norm=1.0 or raise warmup_steps"
-                + ("; the last checkpoint is kept" if self.checkpoints else "")
-            )
-        row |= {
-            "step": self.done,
-            "learning_rate": self.rate(),
-            "tokens": self.done * step_tokens,
-            "tokens_per_second": len(reports) * step_tokens / seconds,
-            **self.what_was_read(),
-        }
+        row["step"] = self.num_done
+        row["learning_rate"] = self.current_rate()
+        row["tokens"] = self.num_done * step_tokens
+        row["tokens_per_second"] = len(self.pending) * step_tokens / seconds
+        row |= self.take_data_statistics()
+        self.pending = []
         self.metrics.add(row)
         return row
 
-    def what_was_read(self) -> dict:
-        """On all hosts since the last call: totals, and tokens of each cluster."""
-        parts = gathered([self.counts.rows, self.counts.table.tolist()])
-        copies = jax.process_count() // self.shape["shard"][1]  # processes that read the same
+    def take_data_statistics(self) -> dict[str, Any]:
+        """What all hosts read since the last call: totals, and tokens of each cluster."""
+        by_process = allgather_objects([self.unlogged.rows, self.unlogged.table.tolist()])
+        # processes that differ along the model axis only read the same rows
+        copies = jax.process_count() // self.shard[1]
         counts = replace(
-            self.counts,
-            rows=sum(rows for rows, _ in parts) // copies,
-            table=np.sum([table for _, table in parts], 0) // copies,
+            self.unlogged,
+            rows=sum(rows for rows, _ in by_process) // copies,
+            table=np.sum([table for _, table in by_process], axis=0) // copies,
         )
-        self.data, self.counts = self.data + counts, self.stream.take_statistics()
-        clusters = counts.to_dict()["clusters"].items()
-        tokens = {name: c["input_tokens"] + c["target_tokens"] for name, c in clusters}
-        return counts.row() | {"cluster_tokens": tokens}
+        self.data += counts
+        self.unlogged = self.stream.take_statistics()
+        cluster_tokens = {
+            name: of_cluster["input_tokens"] + of_cluster["target_tokens"]
+            for name, of_cluster in counts.to_dict()["clusters"].items()
+        }
+        return counts.row() | {"cluster_tokens": cluster_tokens}
 
-    def rate(self) -> float:
-        return float(self.schedule(max(0, self.done - 1)))
-
-    def sync(self) -> None:
-        """Put the current parameters into the caller's model (copies: the step donates its own)."""
-        nnx.update(self.model, *jax.tree.map(jnp.copy, (self.params, self.rest)))
-
-    def validate(self, eval_source, callbacks: Sequence[Callback]) -> dict:
-        self.sync()
-        row = {}
-        if eval_source is not None:
-            stream = batches(
-                eval_source, self.tokenizer, seed=0, split="valid", repeat=False, **self.shape
-            )
-            some = [batch for batch, _ in zip(stream, range(EVAL_BATCHES), strict=False)]
-            stream.close()
-            longest = max(gathered(len(some)))  # processes may run out of rows at different times
-            blank = jax.tree.map(np.zeros_like, some[0]) if len(some) < longest else None
-            row |= evaluate_loss(self.model, some + [blank] * (longest - len(some)))
-        for callback in callbacks:
-            row |= callback(self.done, self.model)
+    def validate(self) -> None:
+        """Evaluate the validation batches and the callbacks; log what they return."""
+        self.update_model(copy_arrays)
+        row: dict[str, Any] = {}
+        if self.validation:
+            row |= evaluate_loss(self.model, self.validation)
+        for callback in self.callbacks:
+            row |= callback(self.num_done, self.model)
         if row:
-            self.metrics.add({"step": self.done, **row})
-        return row
+            self.metrics.add({"step": self.num_done, **row})
 
-    def facts(self) -> dict:
-        """What a checkpoint must agree on to be resumed."""
-        config = asdict(self.config)
-        for name in _MAY_CHANGE:
-            config.pop(name)
-        if self.config.schedule in ("cosine", "linear"):
-            config["steps"] = self.config.steps
+    def update_model(self, prepare: Callable[[Any], Any]) -> None:
+        """Put the current parameters into the caller's model.
+
+        They must be copied (`prepare`) where training continues: a step donates its state.
+        """
+        nnx.update(self.model, *prepare((self.state.params, self.state.rest)))
+
+    # Checkpoints
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the run: a checkpoint of other settings is not resumed."""
         return to_json(
             {
+                "format": FORMAT,
                 "model": self.model.cfg.to_dict(),
-                "train": config,
+                "train": self.config.to_dict(),
                 "source": self.source.digest(),
                 "tokenizer": self.tokenizer.digest(),
             }
         )
 
-    def _optimizer_leaves(self) -> dict:
-        return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.opt_state))}
-
-    def _arrays(self) -> dict:
-        """What a checkpoint holds."""
-        model = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
-        return {"model": model, "optimizer": self._optimizer_leaves()}
-
-    def open(self, resume: bool) -> None:
-        """Prepare the folder; take up its newest checkpoint if there is one."""
-        self.checkpoints = Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
-        step, config = self.checkpoints.latest(), self.config
-        saves = -(-config.steps // config.save_every) if config.save_every else 1
-        if (step or 0) < config.steps:
-            # a new one is written before the oldest goes
-            copies = min(saves, config.keep + 1) - len(self.checkpoints.steps())
-            self.checkpoints.require_room(copies, **self._arrays())
-        if step is None:
+    def start(self, resume: bool) -> None:
+        """Restore the newest checkpoint of the workdir, or begin at step 0."""
+        newest = None
+        if self.workdir is not None:
+            self.checkpoints = Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
+            newest = self.checkpoints.latest()
+            self.require_room(newest or 0)
+        if newest is None:
             self.metrics.keep_until(-1)
+            _, params, rest = split_model(self.model)
+            # copies, which the steps may donate: the caller keeps the model's arrays
+            params, rest = copy_arrays((params, rest))
+            state = self.step.start(params, rest, self.config.seed)
+            self.state = replace(state, position=self.stream.get_state())
             return
         if not resume:
             raise ValueError(
-                f"{self.workdir} already holds a run at step {step}: choose another workdir, "
+                f"{self.workdir} already holds a run at step {newest}: choose another workdir, "
                 "delete it, or resume it"
             )
-        meta, facts = self.checkpoints.meta(step), self.facts()
-        # its tokenizer is a path; what lies there is compared by its digest
-        meta["model"]["tokenizer"] = facts["model"]["tokenizer"]
-        for name in facts:
-            if meta[name] != facts[name]:
-                what = (
-                    differing(meta[name], facts[name])
-                    if isinstance(facts[name], dict)
-                    else f"{meta[name]} there, {facts[name]} here"
-                )
-                raise ValueError(
-                    f"{self.workdir} holds a run of another {name} configuration ({what}): choose "
-                    "another workdir or the same configuration"
-                )
-        restore_model(self.checkpoints, step, self.model)
-        _, params, rest = nnx.split(self.model, nnx.Param, ...)
-        self.params, self.rest = jax.tree.map(jnp.copy, (params, rest))
-        restored = self.checkpoints.restore(step, optimizer=self._optimizer_leaves())
-        leaves = [restored["optimizer"][str(i)] for i in range(len(restored["optimizer"]))]
-        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
-        self.stream.set_state(meta["stream"])
-        self.position, self.done = self.stream.get_state(), step
-        if self.metrics.path and self.metrics.path.exists():
+        self.restore(newest)
+
+    def require_room(self, num_done: int) -> None:
+        """Raise OSError unless the checkpoints of the remaining steps fit on the disk."""
+        config = self.config
+        if num_done >= config.steps:
+            return
+        num_saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
+        # a new checkpoint is written before the oldest is deleted
+        num_kept = min(num_saves, config.keep + 1)
+        num_new = num_kept - len(self.checkpoints.steps())
+        self.checkpoints.require_room(num_new, checkpoint_items(self.step.state))
+
+    def restore(self, step: int) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or of a run with other settings.
+        """
+        metadata = self.checkpoints.metadata(step)
+        check_same_run(self.workdir, metadata, self.settings())
+        items = self.checkpoints.restore(step, checkpoint_items(self.step.state))
+        self.stream.set_state(metadata["stream"])
+        self.state = state_from_items(self.step.state, items, self.stream.get_state())
+        self.num_done = step
+        if self.metrics.path is not None and self.metrics.path.exists():
             self.metrics = Metrics.load(self.metrics.path)
         self.metrics.keep_until(step)
 
     def save(self) -> None:
-        if self.checkpoints is not None and self.checkpoints.latest() != self.done:
-            parts = gathered(self.position)
-            meta = self.facts() | {"stream": {k: v for part in parts for k, v in part.items()}}
-            self.checkpoints.save(self.done, meta, **self._arrays())
+        """Write a checkpoint, if there is a workdir and the state is finite."""
+        if self.checkpoints is None or self.checkpoints.latest() == self.num_done:
+            return
+        self.check_finite()
+        if not all_finite(self.state.params):
+            raise self.diverged(f"the parameters are not finite after step {self.num_done}")
+        position: dict[str, str] = {}
+        for of_process in allgather_objects(self.state.position):
+            position |= of_process
+        metadata = self.settings() | {"stream": position}
+        self.checkpoints.save(self.num_done, metadata, checkpoint_items(self.state))
 
     def close(self) -> None:
+        """Hand the trained parameters to the caller's model and close files."""
+        self.update_model(lambda arrays: arrays)
         self.stream.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
 
 
-def _check(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    cfg = model.cfg
-    if config.input_length > cfg.max_length:
+def check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint belongs to a run with other settings."""
+    if saved.get("format", 1) != FORMAT:
         raise ValueError(
-            f"input_length {config.input_length} exceeds {cfg.name}'s max_length {cfg.max_length}: "
-            "shorten it or use cfg.replace(max_length=...)"
+            f"{workdir} holds a run of an earlier moekit, whose optimizer state has another layout "
+            "(attention kernels and experts were factored otherwise): finish it with that version, "
+            "or load its model with mk.load and train it in a new workdir"
         )
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.name} only {cfg.vocab_size}: use "
-            f"cfg.replace(vocab_size={tokenizer.vocab_size})"
-        )
-    shards = batch_shards(model.mesh)
-    if config.batch_size % shards:
-        unit = math.lcm(8, shards)  # a batch rounds its rows down to a multiple of 8
-        rows = -(-config.batch_size // unit) * unit
-        raise ValueError(
-            f"a batch of {config.batch_size} rows cannot be split over {shards} devices: use "
-            f"batch_tokens={rows * (config.input_length + config.target_length)}"
-        )
-    if config.freeze and not cfg.num_experts:
-        raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
-    if jax.process_count() > 1 and (model.mesh is None or model.mesh.size != jax.device_count()):
-        raise ValueError(
-            f"{jax.process_count()} processes train together: build the model on a mesh of all "
-            f"{jax.device_count()} devices (make_mesh)"
-        )
-
-
-def _check_alike(facts: dict) -> None:
-    first, *others = gathered(facts)
-    for number, other in enumerate(others, 1):
-        if names := [name for name in first if first[name] != other[name]]:
+    # the tokenizer's path may differ; its digest is compared
+    saved_model = saved["model"] | {"tokenizer": wanted["model"]["tokenizer"]}
+    differences = {
+        "model": describe_differences(saved_model, wanted["model"]),
+        "train": describe_differences(fixed_settings(saved), fixed_settings(wanted)),
+        "source": describe_differences({"digest": saved["source"]}, {"digest": wanted["source"]}),
+        "tokenizer": describe_differences(
+            {"digest": saved["tokenizer"]}, {"digest": wanted["tokenizer"]}
+        ),
+    }
+    for name, difference in differences.items():
+        if difference:
             raise ValueError(
-                f"process {number} has another {' and '.join(names)} than process 0: give all the "
-                "same code, data and options"
+                f"{workdir} holds a run of another {name} configuration ({difference}): choose "
+                "another workdir or the same configuration"
             )
+    changed = describe_differences(rate_settings(saved), rate_settings(wanted))
+    if changed:
+        logger.warning("%s is resumed with other settings (%s)", workdir, changed)
+
+
+def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The training settings that a resumed run may not change."""
+    may_change = LOOP_SETTINGS + LEARNING_RATE_SETTINGS
+    return {name: value for name, value in settings["train"].items() if name not in may_change}
+
+
+def rate_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings["train"][name] for name in LEARNING_RATE_SETTINGS}
 
 
 def train(
@@ -326,86 +405,84 @@ def train(
     """Train a model in place on a `Mixture` or `Corpus` and return the run.
 
     Args:
-      workdir: keeps metrics.jsonl and checkpoints; a second call with the same arguments resumes
-        from the newest and equals a run that was never interrupted.
+      workdir: folder of metrics.jsonl and checkpoints. A second call with the same arguments
+        resumes from the newest checkpoint and equals a run that was never interrupted. Learning
+        rate, schedule, warm-up and clip_norm may differ: the run then continues with the new ones.
       tokenizer: default the one that the model's configuration names.
       eval_source: its "valid" split gives valid_loss every eval_every steps and at the end.
-      callbacks: (step, model) -> {name: value}, called and logged at the same times.
+      callbacks: (step, model) -> {name: value}, called and logged at the same times, after the
+        checkpoint of that step was written.
 
     Raises:
-      ValueError: lengths, vocabulary, batch or workdir do not fit the model; the loss diverges.
+      ValueError: lengths, vocabulary, batch, eval_source or workdir do not fit.
+      NonFiniteLoss: the loss diverged; a ValueError.
       OSError: workdir cannot be written.
     """
+    if workdir == "":
+        raise ValueError('workdir is "": give a folder, or None to keep nothing on disk')
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    _check(model, config, tokenizer)
-    trainer = _Trainer(model, source, config, tokenizer, workdir)
+    check_settings(model, config, tokenizer)
+    trainer = Trainer(
+        model,
+        source,
+        config,
+        tokenizer,
+        workdir=None if workdir is None else Path(workdir),
+        eval_source=eval_source,
+        callbacks=callbacks,
+    )
     if jax.process_count() > 1:
-        _check_alike(trainer.facts())
-    if workdir:
-        trainer.open(resume)
-    bar = {"desc": f"train {model.cfg.name}", "unit": "step", "total": config.steps}
-    quiet = {} if is_first() else {"disable": True}
-    with _Stop() as stop, tqdm(initial=trainer.done, **bar, **quiet) as bar:
+        check_processes_agree(trainer.settings())
+    trainer.start(resume)
+    with StopSignal() as stop, progress_bar(trainer) as bar:
         try:
-            _loop(trainer, bar, stop, eval_source, callbacks)
+            run_steps(trainer, stop, bar)
         finally:
-            trainer.sync()
             trainer.close()
     return Run(model, trainer.metrics, config, trainer.workdir, trainer.data)
 
 
-def _loop(trainer: _Trainer, bar, stop, eval_source, callbacks) -> None:
-    config, since = trainer.config, time.perf_counter()
-    while trainer.done < config.steps:
+def progress_bar(trainer: Trainer) -> tqdm:
+    """A bar on process 0."""
+    if not is_first():
+        return tqdm(disable=True)
+    return tqdm(
+        desc=f"train {trainer.model.cfg.name}",
+        unit="step",
+        initial=trainer.num_done,
+        total=trainer.config.steps,
+    )
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something is due after a step; `every` 0 means only after the last one."""
+    return last or (every > 0 and step % every == 0)
+
+
+def run_steps(trainer: Trainer, stop: StopSignal, bar: tqdm) -> None:
+    """Do the remaining steps; log, save and validate when it is due, in this order."""
+    config = trainer.config
+    start = time.perf_counter()
+    while trainer.num_done < config.steps:
         trainer.advance()
-        done, last = trainer.done, trainer.done == config.steps
-        stopping = stop.agreed()
         bar.update()
-        if done % config.log_every == 0 or last or stopping:
-            row = trainer.flush(since)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
-            since = time.perf_counter()
-        paused = time.perf_counter()
-        if last or (config.eval_every and done % config.eval_every == 0):
-            trainer.validate(eval_source, callbacks)
-        if last or stopping or (config.save_every and done % config.save_every == 0):
+        step = trainer.num_done
+        is_last = step == config.steps
+        stopping = stop.should_stop()
+        if stopping or is_due(step, config.log_every, is_last):
+            row = trainer.log(time.perf_counter() - start)
+            rate = row["tokens_per_second"]
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s")
+            start = time.perf_counter()
+        pause = time.perf_counter()
+        if stopping or is_due(step, config.save_every, is_last):
             trainer.save()
-        since += time.perf_counter() - paused  # the rate is of training alone
+        # after saving: a callback may raise
+        if is_due(step, config.eval_every, is_last):
+            trainer.validate()
+        start += time.perf_counter() - pause  # tokens_per_second is that of the steps alone
         if stopping:
-            kept = f"saved at step {done}" if trainer.checkpoints else "no workdir, nothing saved"
-            raise KeyboardInterrupt(kept)
-
-
-class _Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step.
-
-    On several hosts a SIGTERM to one of them stops all after the same step: jax listens for it.
-    """
-
-    asked = False
-
-    def __enter__(self):
-        self._former = {}
-        if jax.process_count() > 1:
-            return self
-        try:
-            for sig in (signal.SIGINT, signal.SIGTERM):
-                self._former[sig] = signal.signal(sig, self._ask)
-        except ValueError:
-            pass  # not the main thread: signals are somebody else's
-        return self
-
-    def agreed(self) -> bool:
-        """Whether to stop now; to be asked after every step."""
-        if jax.process_count() > 1:
-            # calls since the start of the process, for a notice may come before the first step
-            return multihost_utils.reached_preemption_sync_point(next(_CALLS))
-        return self.asked
-
-    def _ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, self._former[number])  # a second one acts at once
-
-    def __exit__(self, *_):
-        for sig, handler in self._former.items():
-            signal.signal(sig, handler)
+            saved = trainer.checkpoints is not None
+            raise KeyboardInterrupt(
+                f"saved at step {step}" if saved else "no workdir, nothing saved"
+            )

@@ -1,92 +1,153 @@
-"""The log of a run: rows of numbers, one JSON line each, and a picture of them."""
+"""The log of a run: rows of numbers, one JSON line each, and a figure of them."""
 
 import json
+import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# keys of a row that are drawn, by panel, with units
-_PANELS = (
-    ("cross-entropy (nats a token)", ("loss", "valid_loss")),
-    ("accuracy of next token", ("accuracy", "valid_accuracy")),
-    ("auxiliary loss", ("balance", "router_z")),
-    ("maximal violation of balance", ("encoder_max_violation", "decoder_max_violation")),
-    ("share of tokens dropped", ("encoder_dropped", "decoder_dropped")),
-    ("share of slots filled", ("input_fill", "target_fill")),
-    ("score", ()),  # whatever callbacks add
-)
-_KNOWN = {key for _, keys in _PANELS for key in keys} | {
-    *("step", "z_loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"),
-    "packing_efficiency",  # the larger of the two
-    *(f"{stack}_load_entropy" for stack in ("encoder", "decoder")),
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# what a panel of the figure shows: its label with units, and keys of rows
+PANELS = {
+    "cross-entropy (nats a token)": ("loss", "valid_loss"),
+    "accuracy of next token": ("accuracy", "valid_accuracy"),
+    "auxiliary loss": ("balance", "router_z"),
+    "maximal violation of balance": ("encoder_max_violation", "decoder_max_violation"),
+    "share of tokens dropped": ("encoder_dropped", "decoder_dropped"),
+    "share of slots filled": ("input_fill", "target_fill"),
 }
+SCORES = "score"  # the panel of everything that callbacks add
+NOT_DRAWN = (
+    "step",
+    "z_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+    "packing_efficiency",
+    "encoder_load_entropy",
+    "decoder_load_entropy",
+)
+LINE_STYLES = ("-", "--", ":", "-.")
+GREYS = ("0.0", "0.2", "0.4", "0.6")
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
     """Rows with a step; kept in memory and, with a path, appended to a JSON-lines file."""
 
-    def __init__(self, path: str | Path | None = None, rows: list[dict] | None = None):
-        self.path, self.rows = Path(path) if path else None, list(rows or [])
+    def __init__(
+        self, path: str | Path | None = None, rows: list[dict[str, Any]] | None = None
+    ) -> None:
+        self.path = Path(path) if path else None
+        self.rows = list(rows or [])
 
     @classmethod
     def load(cls, path: str | Path) -> "Metrics":
-        """The rows of a file; a last line cut short by a crash is left out."""
+        """The rows of a file. Lines that are no rows (cut short by a crash) are left out."""
         rows = []
-        for line in Path(path).read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        broken = []
+        text = Path(path).read_text(errors="replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            row = _parse_row(line)
+            if row is None:
+                broken.append(number)
+            else:
+                rows.append(row)
+        if broken:
+            numbers = ", ".join(map(str, broken))
+            logger.warning("%s: line %s is broken and left out", path, numbers)
         return cls(path, rows)
 
-    def add(self, row: dict) -> None:
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row, which has at least a step."""
         self.rows.append(row)
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Forget rows after a step, as if the run had stopped there."""
+        """Remove the rows after a step, as if the run had stopped there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         if self.path and self.path.exists():
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             partial.replace(self.path)
 
-    def __getitem__(self, key: str) -> tuple[list[int], list]:
+    def __getitem__(self, key: str) -> tuple[list[int], list[Any]]:
         """(steps, values) of the rows that have the key."""
-        pairs = [(row["step"], row[key]) for row in self.rows if key in row]
-        if not pairs:
-            known = sorted({k for row in self.rows for k in row})
-            raise KeyError(f"{key}; this run logged {', '.join(known)}")
-        return [p[0] for p in pairs], [p[1] for p in pairs]
+        steps = [row["step"] for row in self.rows if key in row]
+        values = [row[key] for row in self.rows if key in row]
+        if not steps:
+            raise KeyError(f"{key}; this run logged {', '.join(sorted(self.keys()))}")
+        return steps, values
+
+    def keys(self) -> set[str]:
+        """Everything that some row has."""
+        return {key for row in self.rows for key in row}
 
     def last(self, key: str) -> Any:
-        return self[key][1][-1]
+        """The newest value."""
+        _, values = self[key]
+        return values[-1]
 
-    def plot(self, title: str = "Training"):
+    def plot(self, title: str = "Training") -> "Figure":
         """Curves of losses, accuracy, router balance and scores, one panel each."""
         import matplotlib.pyplot as plt
 
-        logged = {key for row in self.rows for key in row}
-        extra = tuple(sorted(k for k in logged - _KNOWN if isinstance(self.last(k), float)))
-        panels = [(label, keys or extra) for label, keys in _PANELS]
-        panels = [(label, [k for k in keys if k in logged]) for label, keys in panels]
-        panels = [(label, keys) for label, keys in panels if keys]
-        columns = min(3, len(panels))
-        rows = math.ceil(len(panels) / columns)
-        fig, axes = plt.subplots(
-            rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False, layout="constrained"
+        panels = self._panels()
+        num_columns = min(3, len(panels))
+        num_rows = math.ceil(len(panels) / num_columns)
+        figure, axes = plt.subplots(
+            num_rows,
+            num_columns,
+            figsize=(4 * num_columns, 2.8 * num_rows),
+            squeeze=False,
+            layout="constrained",
         )
-        for ax, (label, keys) in zip(axes.flat, panels, strict=False):
-            for key, style, grey in zip(keys, ("-", "--", ":", "-.") * 9, "0246" * 9, strict=False):
-                steps, values = self[key]
-                marker = "o" if len(steps) < 12 else None
-                color = str(int(grey) / 10)
-                ax.plot(steps, values, style, color=color, marker=marker, ms=3, label=key)
-            ax.set(xlabel="step", ylabel=label)
-            ax.legend(frameon=False, fontsize=8)
-        for ax in list(axes.flat)[len(panels) :]:
-            ax.axis("off")
-        fig.suptitle(title)
-        return fig
+        for axis, (label, keys) in zip(axes.flat, panels.items(), strict=False):
+            self._draw(axis, label, keys)
+        for unused in axes.flat[len(panels) :]:
+            unused.axis("off")
+        figure.suptitle(title)
+        return figure
+
+    def _panels(self) -> dict[str, list[str]]:
+        """Labels and logged keys of the panels that have any."""
+        logged = self.keys()
+        panels = {}
+        for label, keys in PANELS.items():
+            panels[label] = [key for key in keys if key in logged]
+        known = {key for keys in PANELS.values() for key in keys} | set(NOT_DRAWN)
+        others = sorted(logged - known)
+        panels[SCORES] = [key for key in others if isinstance(self.last(key), float)]
+        return {label: keys for label, keys in panels.items() if keys}
+
+    def _draw(self, axis: "Axes", label: str, keys: list[str]) -> None:
+        for index, key in enumerate(keys):
+            steps, values = self[key]
+            axis.plot(
+                steps,
+                values,
+                linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+                color=GREYS[index % len(GREYS)],
+                marker="o" if len(steps) < 12 else None,
+                markersize=3,
+                label=key,
+            )
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    """A row, or None for a line that is not one."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    return None

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from moekit.config import TrainConfig
-from moekit.sharding import variable_spec
+from moekit.sharding import is_variable, variable_spec
 
 MIN_FACTORED_SIZE = 128  # a matrix with a smaller side keeps all its second moments
 BATCH_AXES = ("layers", "expert")  # logical axes along which every slice is updated by itself
@@ -186,10 +186,6 @@ def is_frozen(path: Path, config: TrainConfig) -> bool:
 
 def path_names(path: Path) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 def state_specs(optimizer_state: Any, params: nnx.State, mesh: Mesh) -> Any:

@@ -1,44 +1,64 @@
-"""One training step: losses, gradients, optimizer, where everything lives.
+"""One training step: losses, gradients, optimizer; a `TrainState` and a batch make the next state.
 
 B batch, T target length, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, Key
 
 from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.stats import LayerStats, update_router_bias
-from moekit.sharding import BATCH_SPEC, platform, variable_spec
+from moekit.sharding import BATCH_SPEC, platform
 from moekit.training.optim import make_optimizer, state_specs
+from moekit.training.state import (
+    TrainState,
+    model_shardings,
+    replicated,
+    split_model,
+    with_shardings,
+)
+
+Report = dict[str, Array]  # numbers of one step that are logged
+Init = Callable[[nnx.State, Array], tuple[Array, Any, Array]]
+Update = Callable[[TrainState, Batch], tuple[TrainState, Report]]
 
 
 @jax.custom_vjp
-def _chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """The logits of the targets. Their cotangent is a comparison, which joins the softmax's in one
-    pass over [B, T, V]; the transpose of a gather would be zeros and a scatter."""
+def target_logits(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """The logit of each target.
+
+    Its gradient is written as a comparison with the targets, which XLA fuses with the gradient of
+    the softmax; the transpose of a gather would be a scatter into zeros.
+    """
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
 
-def _chosen_backward(residuals, g):
+def _target_logits_forward(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Array, tuple[Array, Array]]:
+    return target_logits(logits, targets), (logits, targets)
+
+
+def _target_logits_backward(
+    residuals: tuple[Array, Array], gradient: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], None]:
     logits, targets = residuals
-    here = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.where(here, g[..., None], 0).astype(logits.dtype), None
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(is_target, gradient[..., None], 0).astype(logits.dtype), None
 
 
-_chosen.defvjp(
-    lambda logits, targets: (_chosen(logits, targets), (logits, targets)), _chosen_backward
-)
+target_logits.defvjp(_target_logits_forward, _target_logits_backward)
 
 
 def token_losses(
@@ -47,161 +67,237 @@ def token_losses(
     weights: Float[Array, "B T"],
     label_smoothing: float = 0.0,
 ) -> dict[str, Float[Array, ""]]:
-    """Sums over real targets: cross-entropy (smoothed and not), log(Z)^2, hits, count; nats.
+    """Weighted sums over the targets, in nats.
 
     A hit is a target that greedy decoding would choose: the first of the largest logits.
+
+    Returns:
+      objective: cross-entropy with label smoothing.
+      cross_entropy: without.
+      z: log(Z)^2 of the logits.
+      hits: targets that are hits.
+      count: sum of the weights.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = _chosen(logits, targets)
-    objective = cross_entropy = log_z - chosen
-    if label_smoothing:  # a pass over all logits less where there is none
-        smoothed = log_z - logits.mean(-1)
-        objective = (1 - label_smoothing) * cross_entropy + label_smoothing * smoothed
+    chosen = target_logits(logits, targets)
+    cross_entropy = log_z - chosen
+    objective = cross_entropy
+    if label_smoothing:
+        uniform_cross_entropy = log_z - logits.mean(-1)
+        objective = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform_cross_entropy
+    is_hit = logits.argmax(-1) == targets
     return {
         "objective": jnp.sum(weights * objective),
         "cross_entropy": jnp.sum(weights * cross_entropy),
         "z": jnp.sum(weights * log_z**2),
-        "hits": jnp.sum(weights * (logits.argmax(-1) == targets)),
+        "hits": jnp.sum(weights * is_hit),
         "count": jnp.sum(weights),
     }
 
 
 def auxiliary_losses(cfg: ModelConfig, stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
-    """The router losses with their coefficients, as the mean over all MoE layers."""
+    """The router losses times their coefficients: means over all MoE layers."""
     if not stats:
         return {"balance": jnp.zeros(()), "router_z": jnp.zeros(())}
-    balance = jnp.concatenate([each.balance_loss() for each in stats.values()])
-    router_z = jnp.concatenate([each.router_z_loss() for each in stats.values()])
+    balance = jnp.concatenate([of_stack.balance_loss() for of_stack in stats.values()])
+    router_z = jnp.concatenate([of_stack.router_z_loss() for of_stack in stats.values()])
     return {
         "balance": cfg.balance_loss * balance.mean(),
         "router_z": cfg.router_z_loss * router_z.mean(),
     }
 
 
-def _loss(params, rest, graphdef, batch: Batch, key, config: TrainConfig):
-    """The training objective and what is reported of it."""
+def training_loss(
+    params: nnx.State,
+    rest: nnx.State,
+    graphdef: nnx.GraphDef,
+    batch: Batch,
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> tuple[Float[Array, ""], tuple[Report, dict[str, LayerStats]]]:
+    """The objective; its parts as they are logged; the routers' statistics."""
     model = nnx.merge(graphdef, params, rest)
-    out = model(batch, key=key, remat=config.remat)
-    sums = token_losses(out.logits, batch.targets, batch.loss_weights, config.label_smoothing)
+    output = model(batch, key=key, remat=config.remat)
+    sums = token_losses(output.logits, batch.targets, batch.loss_weights, config.label_smoothing)
     count = jnp.maximum(sums["count"], 1)
-    auxiliary = auxiliary_losses(model.cfg, out.stats)
+    auxiliary = auxiliary_losses(model.cfg, output.stats)
     z_loss = config.z_loss * sums["z"] / count
-    total = sums["objective"] / count + z_loss + auxiliary["balance"] + auxiliary["router_z"]
+    objective = sums["objective"] / count
+    total = objective + z_loss + auxiliary["balance"] + auxiliary["router_z"]
     report = {
         "loss": sums["cross_entropy"] / count,
         "accuracy": sums["hits"] / count,
         "z_loss": z_loss,
-        **auxiliary,
-        **_router_report(out.stats),
     }
-    return total, (report, out.stats)
+    report |= auxiliary
+    for stack_name, stats in output.stats.items():
+        report |= router_report(stack_name, stats)
+    return total, (report, output.stats)
 
 
-def _router_report(stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
-    """Balance of each stack, as the mean over its MoE layers."""
-    report = {}
-    for stack, s in stats.items():
-        mean = s.load.mean(-1)
-        share = s.load / jnp.maximum(s.load.sum(-1, keepdims=True), 1)
-        entropy = -jax.scipy.special.xlogy(share, share).sum(-1)
-        report |= {
-            f"{stack}_max_violation": jnp.mean(s.load.max(-1) / jnp.maximum(mean, 1e-9) - 1),
-            f"{stack}_dropped": jnp.mean(s.dropped_tokens / jnp.maximum(s.tokens, 1)),
-            f"{stack}_load_entropy": entropy.mean(),
-        }
-    return report
+def router_report(stack_name: str, stats: LayerStats) -> dict[str, Float[Array, ""]]:
+    """How balanced the routers of a stack are: means over its MoE layers."""
+    mean_load = stats.load.mean(-1)
+    max_violation = stats.load.max(-1) / jnp.maximum(mean_load, 1e-9) - 1
+    dropped = stats.dropped_tokens / jnp.maximum(stats.tokens, 1)
+    share = stats.load / jnp.maximum(stats.load.sum(-1, keepdims=True), 1)
+    entropy = -jax.scipy.special.xlogy(share, share).sum(-1)
+    return {
+        f"{stack_name}_max_violation": max_violation.mean(),
+        f"{stack_name}_dropped": dropped.mean(),
+        f"{stack_name}_load_entropy": entropy.mean(),
+    }
 
 
 class Step(NamedTuple):
-    """A compiled training step and what goes into it.
+    """A compiled training step.
 
-    `start(params)` makes the optimizer's state; `update(params, rest, opt_state, batch, key)`
-    returns the next three, in the memory of the former, and a report.
+    Args:
+      init: (parameters, key) -> (step 0, optimizer state, key).
+      update: (state, batch) -> (next state, report). The memory of the state is donated to the
+        next one; the position of both is empty.
+      state: shapes, types and shardings of the state.
     """
 
-    start: Callable
-    update: Callable
-    params: nnx.State  # shapes, types and shardings
-    rest: nnx.State
-    opt_state: Any
+    init: Init
+    update: Update
+    state: TrainState
+
+    def start(self, params: nnx.State, rest: nnx.State, seed: int) -> TrainState:
+        """The state before step 1. It takes over the arrays given: pass copies to keep them."""
+        step, optimizer_state, key = self.init(params, jax.random.key(seed))
+        return TrainState(step, params, rest, optimizer_state, key)
 
 
 def compiled_step(model: EncoderDecoder, config: TrainConfig) -> Step:
-    """The step of a model (of arrays or of shapes alone), kept so that a second run of the same
-    shape does not compile again."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return _compiled_step(graphdef, _shapes(params), _shapes(rest), config, model.mesh)
+    """The training step of a model (of arrays or of shapes).
+
+    It is cached: a second run of the same configuration and shapes does not compile again.
+    """
+    graphdef, params, rest = split_model(model)
+    return _compiled_step(graphdef, _Shapes.of(params), _Shapes.of(rest), config, model.mesh)
 
 
-def _shapes(tree):
-    """Leaves and structure of a tree, hashable."""
-    leaves, structure = jax.tree.flatten(tree)
-    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves), structure
+class _Shapes(NamedTuple):
+    """Shapes and types of a tree, hashable."""
+
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Shapes":
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves), structure)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_step(graphdef, params, rest, config: TrainConfig, mesh: Mesh | None) -> Step:
-    params, rest = (jax.tree.unflatten(tree[1], tree[0]) for tree in (params, rest))
+def _compiled_step(
+    graphdef: nnx.GraphDef,
+    params_shapes: _Shapes,
+    rest_shapes: _Shapes,
+    config: TrainConfig,
+    mesh: Mesh | None,
+) -> Step:
+    params = params_shapes.tree()
+    rest = rest_shapes.tree()
     optimizer = make_optimizer(config, params)
+    init = make_init(optimizer)
+    update = make_update(graphdef, optimizer, config)
+    step, optimizer_state, key = jax.eval_shape(init, params, jax.random.key(0))
+    shapes = TrainState(step, params, rest, optimizer_state, key)
+    if mesh is None:
+        shapes = with_shardings(shapes, replicated(None))
+        return Step(jax.jit(init), jax.jit(update, donate_argnums=0), shapes)
 
-    def update(params, rest, opt_state, batch, key):
-        grads, (report, stats) = jax.grad(_loss, has_aux=True)(
-            params, rest, graphdef, batch, key, config
-        )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        report["grad_norm"] = optax.tree.norm(grads)
+    shardings = state_shardings(shapes, mesh)
+    # explicit out_shardings, so that outputs reuse the donated buffers
+    compiled_init = jax.jit(
+        init,
+        out_shardings=(shardings.step, shardings.optimizer, shardings.key),
+    )
+    compiled_update = jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=_compiler_options(mesh),
+    )
+    return Step(compiled_init, compiled_update, with_shardings(shapes, shardings))
+
+
+def make_init(optimizer: optax.GradientTransformation) -> Init:
+    """The function that makes everything of a state but the model's variables."""
+
+    def init(params: nnx.State, key: Key[Array, ""]) -> tuple[Array, Any, Array]:
+        first_step = jnp.zeros((), jnp.int32)
+        return first_step, optimizer.init(params), key
+
+    return init
+
+
+def make_update(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> Update:
+    """The function that maps a state and a batch to the next state and a report."""
+    loss_gradient = jax.grad(training_loss, has_aux=True)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
+        params = state.params
+        rest = state.rest
+        key = jax.random.fold_in(state.key, state.step)
+        gradients, (report, stats) = loss_gradient(params, rest, graphdef, batch, key, config)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        params = optax.apply_updates(params, updates)
         if stats:
             rest = update_router_bias(rest, stats)
-        return optax.apply_updates(params, updates), rest, opt_state, report
-
-    opt_state = jax.eval_shape(optimizer.init, params)
-    if mesh is None:
-        start, update = jax.jit(optimizer.init), jax.jit(update, donate_argnums=(0, 1, 2))
-        return Step(start, update, params, rest, opt_state)
-    # stated, so that results lie where the donated arguments lay
-    places = [
-        jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        for specs in (*_specs((params, rest), mesh), state_specs(opt_state, params, mesh))
-    ]
-    # lets other work go on while tokens travel; large slices of v5e and v6e cannot
-    overlap = {"xla_tpu_enable_async_all_to_all": "true"}
-    overlaps = platform(mesh) == "tpu" and "lite" not in mesh.devices.flat[0].device_kind
-    update = jax.jit(
-        update,
-        donate_argnums=(0, 1, 2),
-        out_shardings=(*places, NamedSharding(mesh, PartitionSpec())),
-        compiler_options=overlap if overlaps else None,
-    )
-    start = jax.jit(optimizer.init, out_shardings=places[2])
-    return Step(start, update, *map(_placed, (params, rest, opt_state), places))
-
-
-def _specs(tree, mesh: Mesh):
-    is_variable = {"is_leaf": lambda leaf: isinstance(leaf, nnx.Variable)}
-    return jax.tree.map(lambda v: variable_spec(v, mesh), tree, **is_variable)
-
-
-def _placed(tree, places):
-    """The shapes of a tree with the shardings of a prefix of it."""
-    places = jax.tree.broadcast(places, tree)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
-    )
-
-
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> tuple[Batch, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of the batch and key that `Step.update` takes."""
-
-    def rows(length, dtype):
-        shape = (config.batch_size, length)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
-
-    batch = {
-        f.name: rows(
-            config.input_length if f.name.startswith("input") else config.target_length,
-            jnp.float32 if f.name == "loss_weights" else jnp.int32,
+        report["grad_norm"] = optax.tree.norm(gradients)
+        next_state = replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            rest=rest,
+            optimizer=optimizer_state,
         )
-        for f in dataclasses.fields(Batch)
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Batch(**batch), _placed(key, NamedSharding(mesh, PartitionSpec()))
+        return next_state, report
+
+    return update
+
+
+def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings in the place of a state's arrays."""
+    specs = state_specs(shapes.optimizer, shapes.params, mesh)
+    return TrainState(
+        step=replicated(mesh),
+        params=model_shardings(shapes.params, mesh),
+        rest=model_shardings(shapes.rest, mesh),
+        optimizer=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
+        key=replicated(mesh),
+    )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Asynchronous all-to-alls where the TPU has them; large slices of v5e and v6e do not."""
+    is_tpu = platform(mesh) == "tpu"
+    if is_tpu and "lite" not in mesh.devices.flat[0].device_kind:
+        return {"xla_tpu_enable_async_all_to_all": "true"}
+    return None
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of the batch that `Step.update` takes."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def array(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, length), dtype, sharding=sharding)
+
+    return Batch(
+        inputs=array(config.input_length),
+        input_segments=array(config.input_length),
+        input_positions=array(config.input_length),
+        targets=array(config.target_length),
+        target_segments=array(config.target_length),
+        target_positions=array(config.target_length),
+        loss_weights=array(config.target_length, jnp.float32),
+    )

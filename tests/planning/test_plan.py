@@ -27,7 +27,7 @@ def compiled(request, mesh):
     model = nnx.eval_shape(lambda: mk.EncoderDecoder(request.cfg, mesh=mesh))
     step = compiled_step(model, request.train)
     batch = abstract_batch(request.train, mesh)
-    lowered = step.update.lower(step.params, step.rest, step.opt_state, *batch)
+    lowered = step.update.lower(step.state, batch)
     text = lowered.compile().as_text()
     return program_cost(text, mesh, CHIPS["v5p"], lambda *_: 0.0)
 

@@ -45,12 +45,12 @@ def one_of_two(folder, coordinator, number):
     number = int(number)
     distributed.start(coordinator, 2, number)
     found = {"devices": [jax.local_device_count(), jax.device_count()]}
-    found["share"] = distributed.share_of_rows(mk.make_mesh(expert=8))
-    found["joined"] = distributed.share_of_rows(mk.make_mesh(model=8))
-    found["gathered"] = distributed.gathered("é" * (number + 1))
+    found["share"] = distributed.process_shard(mk.make_mesh(expert=8))
+    found["joined"] = distributed.process_shard(mk.make_mesh(model=8))
+    found["gathered"] = distributed.allgather_objects("é" * (number + 1))
     apart = np.array(jax.devices())[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(4, 1, 2)
     try:
-        distributed.share_of_rows(jax.sharding.Mesh(apart, MESH_AXES))
+        distributed.process_shard(jax.sharding.Mesh(apart, MESH_AXES))
     except ValueError as error:
         found["uneven"] = str(error)
     model = build()
@@ -92,8 +92,8 @@ def rows(workdir, *keys):
 
 
 def parameters(workdir, step, model):
-    like = nnx.to_pure_dict(nnx.state(model))
-    return Checkpoints(workdir / "checkpoints").restore(step, model=like)["model"]
+    like = {"model": nnx.to_pure_dict(nnx.state(model))}
+    return Checkpoints(workdir / "checkpoints").restore(step, like)["model"]
 
 
 @pytest.fixture(scope="module")

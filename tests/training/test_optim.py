@@ -167,3 +167,29 @@ def test_adamw_state_is_sharded_like_its_parameter(mesh):
     specs = specs_by_name(mesh, "adamw")
     shape, spec = find(specs, "/mu/", "encoder/blocks/1/moe/experts/wi_edf")
     assert shape == (1, 8, 256, 384) and spec == (None, "expert", "data", "model")
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+@pytest.mark.parametrize(
+    ("freeze", "moving"),
+    [(("router",), "experts"), (("experts",), "router"), (("moe",), "embedding")],
+)
+def test_frozen_parts_are_not_updated_and_have_no_state(optimizer, freeze, moving):
+    cfg = mk.preset("st-nano").replace(d_model=16, d_ff=32, encoder_layers=1, decoder_layers=1)
+    params = nnx.state(mk.EncoderDecoder(cfg), nnx.Param)
+    config = TrainConfig(optimizer=optimizer, freeze=freeze, weight_decay=0.1)
+    transform = make_optimizer(config, params)
+    state = transform.init(params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(transform.update)(gradients, state, params)
+    parts = {"router": "moe/router", "experts": "moe/experts", "moe": "moe/"}
+    changes = {"/".join(path_names(path)): update for path, update in leaves(updates)}
+    frozen = [name for name in changes if parts[freeze[0]] in name]
+    assert frozen and not any(changes[name].any() for name in frozen)
+    others = [name for name in changes if moving in name]
+    assert others and all(changes[name].all() for name in others)
+    assert not any(parts[freeze[0]] in "/".join(path_names(path)) for path, _ in leaves(state))
+
+
+def leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
