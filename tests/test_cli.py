@@ -211,7 +211,7 @@ def test_a_damaged_data_folder(capsys, tmp_path, monkeypatch, few_examples):
     file = tmp_path / "dolly/train.jsonl.gz"
     file.write_bytes(gzip.compress((row * 9 + '{"instruction": "a"}\n').encode()))
     code, _, err = run(capsys, "data", "describe", "--mixture", "flan2022")
-    assert code == 2 and "train.jsonl.gz:10: field 'context' is missing" in err
+    assert code == 2 and "train.jsonl.gz:10: column 'context' is missing" in err
     code, out, _ = run(capsys, "data", "describe", "--mixture", "flan2022", "--on-error", "skip")
     assert code == 0 and "dolly" in out
     file.write_bytes(file.read_bytes()[:-12])

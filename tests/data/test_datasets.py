@@ -526,13 +526,13 @@ def local_row(name, row):
     return row
 
 
-@pytest.mark.parametrize("name", ["flan2022", "flan-t5"])
+@pytest.mark.parametrize("name", ["flan2022"])
 def test_a_mixture_does_not_depend_on_where_its_files_are(tmp_path, put, name):
     for number, (each, path) in enumerate(LOCAL.items()):
         file, row, *_ = CARDS[each]
         key = "instruction" if each == "dolly" else "question"
         key = "question_stem" if each == "openbookqa" else key
-        rows = [row | {key: f"{row[key]} {index}"} for index in range(25 + 10 * number)]
+        rows = [row | {key: f"{row[key]} {index}"} for index in range(22 + number)]
         put(f"fetched/hub/{file}", rows)
         put(f"own/{path}", [local_row(each, each_row) for each_row in rows])
     own = mk.flan_mixture(name, data_dir=tmp_path / "own")
@@ -552,7 +552,7 @@ def test_a_mixture_does_not_depend_on_where_its_files_are(tmp_path, put, name):
             assert (one.metric, set(one.splits)) == (two.metric, set(two.splits))
             for split in ("train", "valid"):
                 assert list(one.examples(split)) == list(two.examples(split))
-        assert own.sample(200) == other.sample(200)
+        assert own.sample(30) == other.sample(30)
 
 
 def test_entries_are_complete_and_agree_with_flans_clusters():
