@@ -107,7 +107,7 @@ def _own_definitions(root: Path, on_error: OnError) -> Iterator[Definition]:
 
 
 def _own_definition(row: dict, number: int) -> Definition:
-    if Path(row["task"]).name != row["task"]:
+    if Path(row["task"]).name != row["task"] or row["task"].startswith("."):
         raise BadRow(f"task {row['task']!r} is no file name: it leads out of the data folder")
     return Definition(
         name=row["task"],

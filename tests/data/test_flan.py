@@ -179,13 +179,13 @@ def counted_shares(root, sets):
 
 
 def test_shares_equal_an_independent_count(tmp_path, put):
-    choice = [{"question": f"q{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(700)]
-    for name, count in (("boolq", 300), ("arc_easy", 100), ("openbookqa", 700)):
+    choice = [{"question": f"q{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(140)]
+    for name, count in (("boolq", 60), ("arc_easy", 20), ("openbookqa", 140)):
         put(f"mc/{name}/train.jsonl.gz", choice[:count])
-    sums = [{"question": f"q{i}?", "answer": "4", "solution": "2+2\n#### 4"} for i in range(500)]
+    sums = [{"question": f"q{i}?", "answer": "4", "solution": "2+2\n#### 4"} for i in range(100)]
     put("gsm8k/train.jsonl.gz", sums)
-    put("strategyqa/train.jsonl.gz", [{"question": f"{i}?", "answer": "yes"} for i in range(200)])
-    why = [{"question": f"q{i}?", "answer": "4", "rationale": "Why."} for i in range(400)]
+    put("strategyqa/train.jsonl.gz", [{"question": f"{i}?", "answer": "yes"} for i in range(40)])
+    why = [{"question": f"q{i}?", "answer": "4", "rationale": "Why."} for i in range(80)]
     for name in ("gsm8k", "strategyqa", "creak", "mine"):
         put(f"cot/{name}.jsonl.gz", why)
     files = {
