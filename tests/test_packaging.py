@@ -57,7 +57,6 @@ def imported_modules(path: Path, modules: set[str]) -> set[str]:
     return found & modules
 
 
-@pytest.mark.xfail(reason="three pairs of modules in moekit/data still import each other")
 def test_no_module_imports_itself_through_others():
     paths = {}
     for path in (ROOT / "moekit").rglob("*.py"):
