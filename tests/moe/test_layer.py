@@ -333,7 +333,7 @@ def test_a_router_balanced_by_bias_needs_a_rate():
         ({"probs": (6, 3)}, r"probs has shape \(6, 3\).*need \(6, 4\)"),
         ({"capacity": 1}, "capacity 1: use the capacity that it was called with, 2"),
     ],
-    ids=str,
+    ids=["a tuple", "None", "weights", "experts", "slots", "probabilities", "capacity"],
 )
 def test_what_a_router_returns_is_checked(change, message):
     def broken(logits, mask, *, capacity, limit=None, **_):
