@@ -10,6 +10,7 @@ import pytest
 
 import moekit as mk
 from moekit.data import niv2
+from moekit.data.datasets import Access, dataset, dataset_task
 from moekit.data.niv2 import niv2_tasks
 from moekit.data.published import bbh_tasks
 from moekit.data.tables import Rows
@@ -198,7 +199,9 @@ def test_original_files_load_to_the_rows_of_their_counterparts():
             theirs = rows_of(dataset_task(dataset(name), Access(raw)))
             own = rows_of(dataset_task(dataset(name), Access(root)))
             if family == "cot":  # whole files
-                assert {question for question, _ in theirs} == {question for question, _ in own}
+                # strategyqa is read from its own files there, with its test split
+                assert len(own & theirs) > 0.99 * len(theirs)
+                assert name != "qasc" or own == theirs
             else:  # cut, and a quarter of ours is withheld
                 assert theirs and len(own & theirs) > 0.6 * len(theirs)
     own_tasks = {task.name: task for task in bbh_tasks(root)}
