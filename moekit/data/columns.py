@@ -30,7 +30,8 @@ class Columns:
         `options` the index of one of these, or one of `keys`.
       labels: the options of every row.
       options: a column with the options of a row, or a list of such columns.
-      keys: what the answer column holds in place of an index: values, or a column that lists them.
+      keys: what the answer column holds in place of an index: a value (or several) for each option,
+        or a column that lists them.
       rationale: a text with columns in it.
       domain: likewise.
       rationale_before: separates a rationale from the answer that follows it.
@@ -130,8 +131,9 @@ class Columns:
         if self.keys:
             keys = value_of(row, self.keys) if isinstance(self.keys, str) else self.keys
         for index, key in enumerate(keys[:count]):
-            if type(key) is type(value) and key == value:
-                return index
+            for accepted in key if isinstance(key, list) else [key]:
+                if type(accepted) is type(value) and accepted == value:
+                    return index
         raise BadRow(f"answer {_shown(value)} is not one of {count} options")
 
     def _parts(self, text: str) -> list[str]:

@@ -306,11 +306,14 @@ def _file_examples(path: Path, columns: Columns, split: str, on_error: OnError) 
     """The examples of one file that is read whole."""
     subject = re.sub(r"_(dev|val|test)$", "", path.stem)  # of MMLU's files, one a subject
 
-    def make(row: dict, number: int) -> Example:
+    def make(row: dict, number: int) -> Example | None:
+        if header and row[header[-1]] == header[-1]:
+            return None  # some copies have a header
         return columns.example(row | {"file": subject}, f"{split}/{number}")
 
     header = columns.header if path.suffix in (".csv", ".tsv") else ()
-    return list(read(path, {}, make, columns=header, on_error=on_error))
+    found = read(path, {}, make, columns=header, on_error=on_error)
+    return [example for example in found if example]
 
 
 def _table_examples(
