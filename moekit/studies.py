@@ -43,13 +43,14 @@ from moekit.model.transformer import EncoderDecoder, with_config
 from moekit.presets import preset
 from moekit.training.loop import Callback, Run, train
 
-SOURCES = ("builtin", "mirror")
+SOURCES = ("builtin", "local")
+FORMER_LOCAL = "mirror"  # the former name of "local"
 VOCAB_SIZES = {"nano": 1024, "mini": 8192}
 HELD_IN_SUITES = {
     "builtin": ("builtin-heldin",),
-    "mirror": ("niv2-valid", "boolq", "arc_easy"),
+    "local": ("niv2-valid", "boolq", "arc_easy"),
 }
-HELD_OUT_SUITES = {"builtin": ("builtin",), "mirror": ("niv2-test", "bbh")}
+HELD_OUT_SUITES = {"builtin": ("builtin",), "local": ("niv2-test", "bbh")}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class StudyConfig:
     """A dense and a sparse model of one size through all stages; by default that of the notebooks.
 
     Args:
-      source: builtin, or mirror for the data folder (MOEKIT_DATA).
+      source: builtin, or local for the data folder (MOEKIT_DATA).
       size: nano or mini.
       families: Families of presets to compare, such as t5 and st.
       pretrain_steps: Steps of pretraining.
@@ -91,7 +92,9 @@ class StudyConfig:
     out: Path = Path("assets")
     workdir: Path = Path("runs/study")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if self.source == FORMER_LOCAL:
+            object.__setattr__(self, "source", "local")
         if self.source not in SOURCES:
             raise unknown("source", self.source, SOURCES)
         if self.size not in VOCAB_SIZES:
@@ -204,13 +207,13 @@ class StudySetup:
     resumes from there instead of training twice.
 
     Raises:
-      FileNotFoundError: source "mirror" without a data folder.
+      FileNotFoundError: source "local" without a data folder.
     """
 
     def __init__(self, config: StudyConfig):
         self.config = config
         self.corpus = open_corpus(config.source)
-        self.mixture = flan_mixture("flan2022" if config.source == "mirror" else "builtin")
+        self.mixture = flan_mixture("flan2022" if config.source == "local" else "builtin")
         self.held_in = [suite(name) for name in HELD_IN_SUITES[config.source]]
         self.held_out = [suite(name) for name in HELD_OUT_SUITES[config.source]]
         config.workdir.mkdir(parents=True, exist_ok=True)
@@ -329,7 +332,7 @@ class StudySetup:
             "documents": len(self.corpus.documents("train")),
             "tasks": len(self.mixture.tasks),
         }
-        if self.config.source == "mirror":
+        if self.config.source == "local":
             manifest = data_dir() / "manifest.json"
             if manifest.is_file():
                 summary["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
@@ -342,7 +345,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
     A second call with the same workdir resumes.
 
     Raises:
-      FileNotFoundError: source "mirror" without a data folder.
+      FileNotFoundError: source "local" without a data folder.
     """
     start = time.time()
     setup = StudySetup(config)

@@ -134,7 +134,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["train", "--router", "swich"], "did you mean 'switch'"),
         (["train", "--mixture", "flan2023"], "did you mean 'flan2022'"),
         (["train", "--mixture", "flan2022"], "set the environment variable MOEKIT_DATA"),
-        (["train", "--corpus", "mirror"], "set the environment variable MOEKIT_DATA"),
+        (["train", "--corpus", "local"], "set the environment variable MOEKIT_DATA"),
         (["train", "--batch-tokens", "8"], "less than one row"),
         (["train", "--input-length", "8000"], "exceeds st-nano's max_length 4096"),
         (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),
@@ -179,7 +179,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["bench", "peers", "--experts", "8", "-1"], "--experts is -1; use 0 or more"),
         (["bench", "step", "--preset", "st-nanno"], "did you mean 'st-nano'"),
         (["figures", "--results", "nowhere"], "no recorded study in nowhere"),
-        (["study", "--source", "mirror"], "set the environment variable MOEKIT_DATA"),
+        (["study", "--source", "local"], "set the environment variable MOEKIT_DATA"),
         (["tour", "--only", "99"], "no notebook"),
     ],
 )

@@ -17,8 +17,9 @@ from moekit.training.metrics import Metrics
 
 
 def test_study_settings_are_checked():
-    with pytest.raises(ValueError, match="did you mean 'mirror'"):
-        StudyConfig(source="miror")
+    with pytest.raises(ValueError, match="did you mean 'local'"):
+        StudyConfig(source="locale")
+    assert StudyConfig(source="mirror") == StudyConfig(source="local")
     with pytest.raises(ValueError, match="unknown size 'large'"):
         StudyConfig(size="large")
     with pytest.raises(ValueError, match="unknown preset 'foo-nano'"):

@@ -47,7 +47,7 @@ class Mixture:
       weights: rates of the tasks, not normalized.
       formats: prompt formats of each task.
       submixtures: the sub-mixture of each task.
-      dropped: tasks left out because they overlap with evaluation suites, and why.
+      dropped: names of tasks and data sets that were left out, and why.
 
     Raises:
       ValueError: no tasks, a task twice, or a weight that is not a positive number.

@@ -99,7 +99,7 @@ class Overview:
             f"{self.run_tokens:,.0f} tokens; in and out are mean tokens of a prompt"
         )
         if self.dropped:
-            lines.append(f"left out because they overlap with suites: {len(self.dropped)} tasks")
+            lines.append(f"left out: {len(self.dropped)} tasks")
             lines += [f"  {name}: {reason}" for name, reason in self.dropped.items()]
         return "\n".join(lines)
 
