@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key, Shaped
 MESH_AXES = ("data", "expert", "model")
 BATCH_AXES = ("data", "expert")
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
+TRUNCATED_NORMAL_STDDEV = 0.87962566103423978  # of a unit normal truncated at -2 and 2
 MAX_VIRTUAL_DEVICES = 512  # of a CPU; more take minutes to start
 # not jax.set_mesh, which fails inside a trace such as nnx.eval_shape
 _CURRENT_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
@@ -39,7 +40,10 @@ class Sharding:
     layers: tuple[str, ...] = ()
 
     def spec(
-        self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        mesh: Mesh,
     ) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions are named `axes`.
 
@@ -52,10 +56,14 @@ class Sharding:
         for dimension in dimensions:
             name = axes[dimension]
             wanted = getattr(self, name) if name else ()
-            free = tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
-            num_shards = math.prod(mesh.shape[axis] for axis in free)
+            free = []
+            num_shards = 1
+            for axis in wanted:
+                if axis not in used and mesh.shape[axis] > 1:
+                    free.append(axis)
+                    num_shards *= mesh.shape[axis]
             if free and shape[dimension] % num_shards == 0:
-                entries[dimension] = free
+                entries[dimension] = tuple(free)
                 used.update(free)
         return PartitionSpec(*entries)
 
@@ -72,11 +80,13 @@ def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Me
     for name, size in (("data", data), ("expert", expert), ("model", model)):
         if size is not None and size < 1:
             raise ValueError(f"make_mesh({name}={size}): mesh axes have at least one device")
-    needed = (data or 1) * expert * model
+    group_size = expert * model
+    needed = (data or 1) * group_size
     _create_virtual_cpu_devices(needed)
     num_devices = jax.device_count()
-    leftover, remainder = divmod(num_devices, expert * model)
-    if remainder or (data or leftover) * expert * model != num_devices:
+    leftover = num_devices // group_size
+    data_size = data or leftover
+    if data_size * group_size != num_devices:
         divisors = ", ".join(str(size) for size in _divisors(num_devices))
         raise ValueError(
             f"a mesh of data={data or 'rest'}, expert={expert}, model={model} does not fill "
@@ -84,8 +94,9 @@ def make_mesh(*, data: int | None = None, expert: int = 1, model: int = 1) -> Me
             f"{num_devices} ({divisors}); on a CPU call make_mesh before any other "
             f"use of jax, or start with JAX_NUM_CPU_DEVICES={needed}"
         )
+    sizes = (data_size, expert, model)
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh((leftover, expert, model), MESH_AXES, axis_types=axis_types)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types)
 
 
 def _create_virtual_cpu_devices(count: int) -> None:
@@ -107,7 +118,13 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def check_mesh(mesh: Mesh | None, owner: str, *, experts: int = 0, **model_sizes: int) -> None:
+def check_mesh(
+    mesh: Mesh | None,
+    owner: str,
+    *,
+    experts: int = 0,
+    **model_sizes: int,
+) -> None:
     """Check that the mesh divides a model's sizes.
 
     Args:
@@ -124,11 +141,17 @@ def check_mesh(mesh: Mesh | None, owner: str, *, experts: int = 0, **model_sizes
     _check_axis(mesh, "model", model_sizes, owner)
 
 
-def _check_axis(mesh: Mesh, axis: str, sizes: dict[str, int], owner: str) -> None:
+def _check_axis(
+    mesh: Mesh,
+    axis: str,
+    sizes: dict[str, int],
+    owner: str,
+) -> None:
     num_devices = mesh.shape[axis]
     for name, size in sizes.items():
         if size % num_devices:
-            possible = _divisors(math.gcd(*sizes.values()))
+            common = math.gcd(*sizes.values())
+            possible = _divisors(common)
             raise ValueError(
                 f"{owner} has {size} {name}, which {axis}={num_devices} devices cannot share "
                 f"evenly: use make_mesh({axis}=n) with n in {possible}"
@@ -150,22 +173,29 @@ def platform(mesh: Mesh | None = None) -> str:
     mesh = mesh or _CURRENT_MESH.get()
     if mesh is None:
         return jax.default_backend()
-    return mesh.devices.flat[0].platform
+    first_device = mesh.devices.flat[0]
+    return first_device.platform
 
 
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of shards of a batch: data times expert."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
+    if mesh is None:
+        return 1
+    return mesh.shape["data"] * mesh.shape["expert"]
 
 
 def current_batch_shards() -> int:
     """Number of shards of a batch on the mesh that `use_mesh` has set."""
-    return batch_shards(_CURRENT_MESH.get())
+    mesh = _CURRENT_MESH.get()
+    return batch_shards(mesh)
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
     """A tree of arrays, sharded over the mesh by their leading dimension; unchanged without one."""
-    return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+    if mesh is None:
+        return batch
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.device_put(batch, sharding)
 
 
 def constrain_batch(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
@@ -173,7 +203,8 @@ def constrain_batch(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
     mesh = _CURRENT_MESH.get()
     if mesh is None or x.shape[0] % batch_shards(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def param(
@@ -196,15 +227,17 @@ def param(
             return jnp.full(shape, value, jnp.float32)
         if stddev is not None:
             return stddev * jax.random.normal(key, shape)
-        # .87962566 is the standard deviation of a unit normal truncated at 2
-        scale = math.sqrt(0.1 / fan_in) / 0.87962566103423978
+        target_stddev = math.sqrt(0.1 / fan_in)
+        scale = target_stddev / TRUNCATED_NORMAL_STDDEV
         return scale * jax.random.truncated_normal(key, -2, 2, shape)
 
     mesh = _CURRENT_MESH.get()
     if mesh is not None:
         spec = Sharding().spec(shape, axes, mesh)
-        create = jax.jit(create, out_shardings=NamedSharding(mesh, spec))
-    return nnx.Param(create(rngs.params()), axes=axes)
+        sharding = NamedSharding(mesh, spec)
+        create = jax.jit(create, out_shardings=sharding)
+    initial_value = create(rngs.params())
+    return nnx.Param(initial_value, axes=axes)
 
 
 def is_variable(leaf: Any) -> bool:
@@ -218,18 +251,27 @@ def variable_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     Inside a scan over layers a parameter lacks its leading axes, so names count from the last.
     """
     shape = variable.shape
-    axes = variable.axes[len(variable.axes) - len(shape) :]
+    num_missing = len(variable.axes) - len(shape)
+    axes = variable.axes[num_missing:]
     return Sharding().spec(shape, axes, mesh)
 
 
-def restrict_spec(spec: PartitionSpec, kept: tuple[str, ...] = BATCH_AXES) -> PartitionSpec:
+def restrict_spec(
+    spec: PartitionSpec,
+    kept: tuple[str, ...] = BATCH_AXES,
+) -> PartitionSpec:
     """A spec reduced to the mesh axes in `kept`."""
-    entries = [tuple(axis for axis in _mesh_axes(entry) if axis in kept) for entry in spec]
+    entries = []
+    for entry in spec:
+        kept_axes = [axis for axis in _mesh_axes(entry) if axis in kept]
+        entries.append(tuple(kept_axes))
     return PartitionSpec(*entries)
 
 
 def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
+    if isinstance(entry, str):
+        return (entry,)
+    return entry or ()
 
 
 def gather_steps(
@@ -272,13 +314,17 @@ def with_gathered_parameters(
     values = [parameter[...].astype(dtype) for parameter in parameters]
     if mesh is None or x.shape[0] % batch_shards(mesh):
         return function(x, *values)
-    specs = [restrict_spec(variable_spec(parameter, mesh)) for parameter in parameters]
+    specs = []
+    for parameter in parameters:
+        full_spec = variable_spec(parameter, mesh)
+        specs.append(restrict_spec(full_spec))
 
     def per_device(x: Array, *shards: Array) -> Array:
         axes = varying_axes(x)
         gathered = []
         for shard, spec in zip(shards, specs, strict=True):
-            value = all_gather_parameter(shard, gather_steps(spec))
+            steps = gather_steps(spec)
+            value = all_gather_parameter(shard, steps)
             gathered.append(cast_varying(value, axes))
         return function(x, *gathered)
 
@@ -294,7 +340,8 @@ def with_gathered_parameters(
 
 def varying_axes(x: Array) -> frozenset[str]:
     """The mesh axes over which an array inside shard_map differs between devices."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    array_type = jax.typeof(x)
+    return frozenset(array_type.manual_axis_type.varying)
 
 
 def cast_varying(x: Array, axes: Iterable[str]) -> Array:
@@ -302,5 +349,8 @@ def cast_varying(x: Array, axes: Iterable[str]) -> Array:
 
     The gradient is psummed over these axes here, and nowhere later.
     """
-    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    already_varying = varying_axes(x)
+    missing = tuple(axis for axis in axes if axis not in already_varying)
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying")

@@ -17,51 +17,63 @@ from moekit.analysis.trace import RouterTrace
 def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y E"]:
     """Share of all choices that select each expert; 1 / E when balanced."""
     expert = trace.stack(stack).expert
-    counts = np.zeros((len(expert), trace.num_experts))
+    num_layers = len(expert)
+    counts = np.zeros((num_layers, trace.num_experts))
     for layer, choices in enumerate(expert):
-        counts[layer] = np.bincount(choices[choices >= 0], minlength=trace.num_experts)
+        chosen = choices[choices >= 0]
+        counts[layer] = np.bincount(chosen, minlength=trace.num_experts)
     total = counts.sum(1, keepdims=True)
     return counts / np.maximum(total, 1)
 
 
 def load_entropy(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """Entropy of the load in nats; log E when balanced, 0 when one expert has all."""
-    logs = np.log(np.where(load > 0, load, 1))
-    return -(load * logs).sum(-1)
+    positive_load = np.where(load > 0, load, 1)
+    terms = load * np.log(positive_load)
+    return -terms.sum(-1)
 
 
 def effective_experts(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """exp of the load entropy: E when balanced, 1 when one expert has all."""
-    return np.exp(load_entropy(load))
+    entropy = load_entropy(load)
+    return np.exp(entropy)
 
 
 def coefficient_of_variation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """Standard deviation of the load over its mean; 0 when balanced."""
-    return load.std(-1) / load.mean(-1)
+    standard_deviation = load.std(-1)
+    mean = load.mean(-1)
+    return standard_deviation / mean
 
 
 def max_violation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
     """(largest - mean) / mean load (Wang 2024); 0 when balanced, E - 1 when one expert has all."""
-    return load.max(-1) / load.mean(-1) - 1
+    largest = load.max(-1)
+    mean = load.mean(-1)
+    return largest / mean - 1
 
 
 def dropped_tokens(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Share of tokens that no expert processed."""
-    processed = trace.stack(stack).kept.any(-1)
+    routing = trace.stack(stack)
+    processed = routing.kept.any(-1)
     return 1 - processed.mean(-1)
 
 
 def dropped_assignments(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Share of choices that found no free slot."""
     routing = trace.stack(stack)
-    choices = (routing.expert >= 0).sum((1, 2))
-    kept = routing.kept.sum((1, 2))
-    return 1 - kept / np.maximum(choices, 1)
+    is_choice = routing.expert >= 0
+    num_choices = is_choice.sum((1, 2))
+    num_kept = routing.kept.sum((1, 2))
+    share_kept = num_kept / np.maximum(num_choices, 1)
+    return 1 - share_kept
 
 
 def router_entropy(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
     """Mean entropy of the router's probabilities in nats; log E without any preference."""
-    return trace.stack(stack).entropy.mean(-1)
+    routing = trace.stack(stack)
+    return routing.entropy.mean(-1)
 
 
 def router_confidence(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y"]:
@@ -69,7 +81,10 @@ def router_confidence(trace: RouterTrace, stack: str = "encoder") -> Float[ndarr
     routing = trace.stack(stack)
     largest = routing.weight.max(-1)
     processed = routing.kept.any(-1)
-    return (largest * processed).sum(-1) / np.maximum(processed.sum(-1), 1)
+    counted = largest * processed
+    total = counted.sum(-1)
+    num_processed = processed.sum(-1)
+    return total / np.maximum(num_processed, 1)
 
 
 # key in a row, head of the column, format of a cell
@@ -97,33 +112,50 @@ class BalanceTable:
 
     @property
     def _balanced_entropy(self) -> float:
-        return float(np.log(self.num_experts))
+        entropy = np.log(self.num_experts)
+        return float(entropy)
 
     def _cells(self) -> list[list[str]]:
         """The table as text, heads first."""
-        cells = [[head for _, head, _ in _COLUMNS]]
+        heads = [head for _, head, _ in _COLUMNS]
+        cells = [heads]
         for row in self.rows:
-            cells.append([form.format(row[key]) for key, _, form in _COLUMNS])
+            texts = []
+            for key, _, cell_format in _COLUMNS:
+                text = cell_format.format(row[key])
+                texts.append(text)
+            cells.append(texts)
         return cells
 
     def __str__(self) -> str:
         cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        experts = f"{self.model}, {self.num_experts} experts"
-        lines = [f"{experts}; the entropy when balanced is {self._balanced_entropy:.3f}"]
+        widths = []
+        for column in zip(*cells, strict=True):
+            width = max(len(cell) for cell in column)
+            widths.append(width)
+        entropy = f"{self._balanced_entropy:.3f}"
+        title = f"{self.model}, {self.num_experts} experts"
+        lines = [f"{title}; the entropy when balanced is {entropy}"]
         for row in cells:
-            padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join(padded))
+            padded = []
+            for cell, width in zip(row, widths, strict=True):
+                padded.append(cell.rjust(width))
+            line = "  ".join(padded)
+            lines.append(line)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         heads, *rows = self._cells()
         entropy = f"{self._balanced_entropy:.3f} nats"
         caption = f"<caption>{self.model}: the entropy when balanced is {entropy}</caption>"
-        lines = ["".join(f"<th>{head}</th>" for head in heads)]
+        head_cells = [f"<th>{head}</th>" for head in heads]
+        lines = ["".join(head_cells)]
         for row in rows:
-            lines.append("".join(f"<td>{cell}</td>" for cell in row))
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
+            row_cells = [f"<td>{cell}</td>" for cell in row]
+            line = "".join(row_cells)
+            lines.append(line)
+        table_rows = [f"<tr>{line}</tr>" for line in lines]
+        body = "".join(table_rows)
         return f"<table>{caption}{body}</table>"
 
 
@@ -143,6 +175,8 @@ def balance_table(trace: RouterTrace) -> BalanceTable:
             "router_entropy": router_entropy(trace, stack),
         }
         for layer in range(len(load)):
-            values = {key: float(column[layer]) for key, column in columns.items()}
-            rows.append({"stack": stack, "layer": layer, **values})
+            row: dict[str, Any] = {"stack": stack, "layer": layer}
+            for key, column in columns.items():
+                row[key] = float(column[layer])
+            rows.append(row)
     return BalanceTable(trace.model, trace.num_experts, tuple(rows))

@@ -52,59 +52,76 @@ def specialization(
       resamples: bootstrap samples of the examples, and shuffles of their labels.
     """
     label_of_example = np.array(trace.labels(by))
-    labels = tuple(sorted(set(label_of_example)))
+    distinct_labels = set(label_of_example)
+    labels = tuple(sorted(distinct_labels))
     is_member = [label_of_example == label for label in labels]
     membership = np.array(is_member, float)  # [P X]
     counts, tokens = _choices_by_example(trace, stack)
     share = _shares(counts, tokens, membership)
-    overall = counts.sum(1) / max(tokens.sum(), 1)  # [Y E]
+    num_tokens = max(tokens.sum(), 1)
+    overall = counts.sum(1) / num_tokens  # [Y E]
     observed = _deviation(share, overall)
 
     generator = np.random.default_rng(seed)
     resampled_shares = []
     at_least_observed = np.zeros(len(share))
     for _ in range(resamples):
-        resampled = membership * _resampled_counts(membership, generator)
+        resampled = _resampled_membership(membership, generator)
         resampled_shares.append(_shares(counts, tokens, resampled))
-        shuffled = membership[:, generator.permutation(membership.shape[1])]
-        deviation = _deviation(_shares(counts, tokens, shuffled), overall)
+        shuffled = _shuffled_membership(membership, generator)
+        shuffled_share = _shares(counts, tokens, shuffled)
+        deviation = _deviation(shuffled_share, overall)
         at_least_observed += deviation >= observed
     low, high = np.quantile(resampled_shares, PERCENTILES, axis=0)
+    choices_per_token = overall.sum(-1)
     return Specialization(
         labels=labels,
         share=share,
         low=low,
         high=high,
-        chance=overall.sum(-1) / trace.num_experts,
+        chance=choices_per_token / trace.num_experts,
         # + 1: the observed labelling is one of the possible ones
         p_value=(at_least_observed + 1) / (resamples + 1),
     )
 
 
 def domain_specialization(
-    trace: RouterTrace, stack: str = "encoder", *, resamples: int = 200, seed: int = 0
+    trace: RouterTrace,
+    stack: str = "encoder",
+    *,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> Specialization:
     """`specialization` by domain."""
     return specialization(trace, "domain", stack, resamples=resamples, seed=seed)
 
 
 def task_specialization(
-    trace: RouterTrace, stack: str = "encoder", *, resamples: int = 200, seed: int = 0
+    trace: RouterTrace,
+    stack: str = "encoder",
+    *,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> Specialization:
     """`specialization` by task."""
     return specialization(trace, "task", stack, resamples=resamples, seed=seed)
 
 
 def _count_choices(
-    routing: StackTrace, owner: Int[ndarray, "N"], num_owners: int, num_experts: int
+    routing: StackTrace,
+    owner: Int[ndarray, "N"],
+    num_owners: int,
+    num_experts: int,
 ) -> Float[ndarray, "Y E owners"]:
     """Choices of each expert by the tokens of each owner, such as an example or a vocabulary id."""
-    counts = np.zeros((len(routing.expert), num_experts, num_owners))
+    num_layers = len(routing.expert)
+    counts = np.zeros((num_layers, num_experts, num_owners))
     for layer, choices in enumerate(routing.expert):
         for expert_of_token in choices.T:  # one for each of the K choices
             is_choice = expert_of_token >= 0
-            cells = (expert_of_token[is_choice], owner[is_choice])
-            np.add.at(counts[layer], cells, 1)
+            expert_of_choice = expert_of_token[is_choice]
+            owner_of_choice = owner[is_choice]
+            np.add.at(counts[layer], (expert_of_choice, owner_of_choice), 1)
     return counts
 
 
@@ -116,7 +133,8 @@ def _choices_by_example(
     num_examples = len(trace.tasks)
     counts = _count_choices(routing, routing.example, num_examples, trace.num_experts)
     tokens = np.bincount(routing.example, minlength=num_examples)
-    return counts.swapaxes(1, 2), tokens.astype(float)
+    counts_by_example = counts.swapaxes(1, 2)
+    return counts_by_example, tokens.astype(float)
 
 
 def _shares(
@@ -125,27 +143,39 @@ def _shares(
     membership: Float[ndarray, "P X"],
 ) -> Float[ndarray, "Y E P"]:
     """N(e, p) / N(p), where each example counts for a label by its membership."""
-    tokens_of_label = np.maximum(membership @ tokens, 1)
-    return np.einsum("yxe,px->yep", counts, membership) / tokens_of_label
+    choices_of_label = np.einsum("yxe,px->yep", counts, membership)
+    tokens_of_label = membership @ tokens
+    at_least_one = np.maximum(tokens_of_label, 1)
+    return choices_of_label / at_least_one
 
 
-def _resampled_counts(
+def _resampled_membership(
     membership: Float[ndarray, "P X"], generator: np.random.Generator
 ) -> Float[ndarray, "P X"]:
     """How often each example is drawn when every label's examples are drawn with replacement."""
-    times = np.zeros_like(membership)
+    times_drawn = np.zeros_like(membership)
     for label, is_member in enumerate(membership):
         examples = np.flatnonzero(is_member)
         drawn = generator.choice(examples, len(examples))
-        np.add.at(times[label], drawn, 1)
-    return times
+        np.add.at(times_drawn[label], drawn, 1)
+    return times_drawn
+
+
+def _shuffled_membership(
+    membership: Float[ndarray, "P X"], generator: np.random.Generator
+) -> Float[ndarray, "P X"]:
+    """Membership after the labels are permuted among the examples."""
+    num_examples = membership.shape[1]
+    order = generator.permutation(num_examples)
+    return membership[:, order]
 
 
 def _deviation(
     share: Float[ndarray, "Y E P"], overall: Float[ndarray, "Y E"]
 ) -> Float[ndarray, "Y"]:
     """Largest deviation of a label's use of an expert from the layer's load."""
-    return np.abs(share - overall[:, :, None]).max((1, 2))
+    deviation = np.abs(share - overall[:, :, None])
+    return deviation.max((1, 2))
 
 
 @dataclass(frozen=True)
@@ -167,8 +197,12 @@ class TokenSpecialization:
         """The tokens (id, share) that chose the expert most often, more frequent ones first among
         equals."""
         share = self.share[layer, expert]
-        order = np.lexsort((-self.count, -share))[:n]
-        return [(int(self.tokens[index]), float(share[index])) for index in order]
+        order = np.lexsort((-self.count, -share))
+        top_tokens = []
+        for index in order[:n]:
+            token = int(self.tokens[index])
+            top_tokens.append((token, float(share[index])))
+        return top_tokens
 
 
 def token_specialization(
@@ -188,11 +222,13 @@ def token_specialization(
     is_frequent = count >= min_count
     if not is_frequent.any():
         raise ValueError(f"no token occurs {min_count} times: trace more text or lower min_count")
-    choices_per_token = counts.sum((1, 2)) / len(routing.token)
+    share = counts / count
+    num_occurrences = len(routing.token)
+    choices_per_token = counts.sum((1, 2)) / num_occurrences
     return TokenSpecialization(
         tokens=tokens[is_frequent],
         count=count[is_frequent],
-        share=(counts / count)[..., is_frequent],
+        share=share[..., is_frequent],
         chance=choices_per_token / trace.num_experts,
     )
 
@@ -200,11 +236,16 @@ def token_specialization(
 def label_distance(result: Specialization) -> Float[ndarray, "Y P P"]:
     """Jensen-Shannon distance between the labels' loads: 0 equal, 1 disjoint (base 2)."""
     total = result.share.sum(1, keepdims=True)
-    load = result.share / np.maximum(total, 1e-12)
-    first, second = load[:, :, :, None], load[:, :, None, :]
+    nonzero_total = np.maximum(total, 1e-12)
+    load = result.share / nonzero_total
+    first = load[:, :, :, None]
+    second = load[:, :, None, :]
     middle = (first + second) / 2
-    divergence = (_divergence(first, middle) + _divergence(second, middle)) / 2
-    return np.sqrt(np.maximum(divergence, 0))
+    first_divergence = _divergence(first, middle)
+    second_divergence = _divergence(second, middle)
+    divergence = (first_divergence + second_divergence) / 2
+    nonnegative = np.maximum(divergence, 0)  # rounding may leave it just below 0
+    return np.sqrt(nonnegative)
 
 
 def _divergence(
@@ -212,8 +253,10 @@ def _divergence(
 ) -> Float[ndarray, "Y ..."]:
     """Kullback-Leibler divergence of the load from the middle, in bits."""
     nonzero_middle = np.where(middle > 0, middle, 1)
-    ratio = np.where(load > 0, load / nonzero_middle, 1)
-    return (load * np.log2(ratio)).sum(1)
+    ratio = load / nonzero_middle
+    nonzero_ratio = np.where(load > 0, ratio, 1)
+    bits = load * np.log2(nonzero_ratio)
+    return bits.sum(1)
 
 
 def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y E E"]:
@@ -222,16 +265,20 @@ def coactivation(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "
     All pairs of choices count, whatever their rank. The diagonal is 0.
     """
     expert = trace.stack(stack).expert
-    layers, tokens, num_choices = expert.shape
-    chosen: Bool[ndarray, "Y N E"] = np.zeros((layers, tokens, trace.num_experts), bool)
+    num_layers, num_tokens, num_choices = expert.shape
+    shape = (num_layers, num_tokens, trace.num_experts)
+    chosen: Bool[ndarray, "Y N E"] = np.zeros(shape, bool)
     for choice in range(num_choices):
-        layer, token = np.nonzero(expert[:, :, choice] >= 0)
-        chosen[layer, token, expert[layer, token, choice]] = True
+        expert_of_token = expert[:, :, choice]
+        layer, token = np.nonzero(expert_of_token >= 0)
+        chosen_expert = expert_of_token[layer, token]
+        chosen[layer, token, chosen_expert] = True
     pairs = np.einsum("yni,ynj->yij", chosen, chosen, dtype=float)
     tokens_of_expert = np.einsum("yii->yi", pairs).copy()
     diagonal = range(trace.num_experts)
     pairs[:, diagonal, diagonal] = 0
-    return pairs / np.maximum(tokens_of_expert, 1)[:, :, None]
+    at_least_one = np.maximum(tokens_of_expert, 1)
+    return pairs / at_least_one[:, :, None]
 
 
 def saturation(
@@ -243,13 +290,18 @@ def saturation(
     Raises:
       ValueError: the traces are not of the same prompts.
     """
-    first, last = early.stack(stack), late.stack(stack)
+    first = early.stack(stack)
+    last = late.stack(stack)
     if not np.array_equal(first.token, last.token):
         raise ValueError("the two traces are of different prompts: trace the same ones twice")
     is_choice = last.expert >= 0
-    pairs_agree = first.expert[:, :, :, None] == last.expert[:, :, None, :]
+    first_choices = first.expert[:, :, :, None]
+    last_choices = last.expert[:, :, None, :]
+    pairs_agree = first_choices == last_choices
     agrees = pairs_agree.any(2) & is_choice
-    return agrees.sum((1, 2)) / np.maximum(is_choice.sum((1, 2)), 1)
+    num_agreements = agrees.sum((1, 2))
+    num_choices = is_choice.sum((1, 2))
+    return num_agreements / np.maximum(num_choices, 1)
 
 
 def repetition(
@@ -258,16 +310,27 @@ def repetition(
     """Share of neighbouring tokens with the same first choice, and its chance sum_e load_e^2."""
     routing = trace.stack(stack)
     order = np.lexsort((routing.position, routing.example))
-    example, position = routing.example[order], routing.position[order]
+    example = routing.example[order]
+    position = routing.position[order]
+    same_example = np.diff(example) == 0
+    next_position = np.diff(position) == 1
+    is_neighbour = same_example & next_position
+
     first_choice = routing.expert[:, order, 0]
-    is_neighbour = (np.diff(example) == 0) & (np.diff(position) == 1)
-    left, right = first_choice[:, :-1], first_choice[:, 1:]
-    is_pair = (left >= 0) & (right >= 0) & is_neighbour
-    same = (left == right) & is_pair
+    left = first_choice[:, :-1]
+    right = first_choice[:, 1:]
+    left_chose = left >= 0
+    right_chose = right >= 0
+    is_pair = left_chose & right_chose & is_neighbour
+    is_same = (left == right) & is_pair
+    num_pairs = is_pair.sum(1)
+    share = is_same.sum(1) / np.maximum(num_pairs, 1)
 
     chance = np.zeros(len(first_choice))
     for layer, choices in enumerate(first_choice):
-        counts = np.bincount(choices[choices >= 0], minlength=trace.num_experts)
-        load = counts / max(counts.sum(), 1)
-        chance[layer] = (load**2).sum()
-    return same.sum(1) / np.maximum(is_pair.sum(1), 1), chance
+        chosen = choices[choices >= 0]
+        counts = np.bincount(chosen, minlength=trace.num_experts)
+        num_choices = max(counts.sum(), 1)
+        load = counts / num_choices
+        chance[layer] = np.sum(load**2)
+    return share, chance

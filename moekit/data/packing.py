@@ -35,13 +35,19 @@ class Packer:
     def add_window(self, examples: Iterable[SizedExample]) -> None:
         """The next examples to pack; a ValueError if one is longer than a row."""
         self.window = sorted(examples, key=self._share_of_row)
-        if self.window and self._share_of_row(self.window[-1]) > 1:
-            raise ValueError(f"{self.window[-1][0]} tokens do not fit a row of {self.limits}")
+        if not self.window:
+            return
+        largest = self.window[-1]
+        if self._share_of_row(largest) > 1:
+            sizes, _ = largest
+            raise ValueError(f"{sizes} tokens do not fit a row of {self.limits}")
 
     def _share_of_row(self, sized: SizedExample) -> float:
         (inputs, targets), _ = sized
         input_limit, target_limit = self.limits.tolist()
-        return max(inputs / input_limit, targets / target_limit)
+        input_share = inputs / input_limit
+        target_share = targets / target_limit
+        return max(input_share, target_share)
 
     def put(self, row: int, sizes: tuple[int, int], example: Any) -> None:
         self.free[row] -= sizes
@@ -50,20 +56,25 @@ class Packer:
     def pack(self) -> list | None:
         """Place the window's examples until a row is closed.
 
-        Returns the examples of this row, or None if the window is empty before.
+        Returns the examples of this row, or None if the window is empty before a row is closed.
         """
         while self.window:
             sizes, example = self.window[-1]
-            remaining = ((self.free - sizes) / self.limits).min(1)
-            if remaining.max() < 0:
+            room = (self.free - sizes) / self.limits  # [rows, inputs and targets]
+            room_of_row = room.min(1)
+            fits = room_of_row >= 0
+            if not fits.any():
                 return self._close_fullest()
-            best_row = int(np.where(remaining >= 0, remaining, np.inf).argmin())
+            room_if_fits = np.where(fits, room_of_row, np.inf)
+            best_row = int(room_if_fits.argmin())
             self.put(best_row, sizes, example)
             self.window.pop()
         return None
 
     def _close_fullest(self) -> list:
-        row = int((self.free / self.limits).min(1).argmin())
+        room = self.free / self.limits
+        room_of_row = room.min(1)
+        row = int(room_of_row.argmin())
         free_inputs, free_targets = self.free[row].tolist()
         remaining = []
         for sized in reversed(self.window):
@@ -127,7 +138,8 @@ def propose_lengths(
     for input_length in tqdm(INPUT_LENGTHS, desc="propose lengths", leave=False):
         sizes = _sample_sizes(source, tokenizer, input_length, examples, seed)
         for target_length in _target_lengths(sizes, input_length):
-            measured.append(_measure(sizes, input_length, target_length))
+            lengths = _measure(sizes, input_length, target_length)
+            measured.append(lengths)
         best = max(measured, key=lambda lengths: lengths.emptier_fill - lengths.truncated)
         if best.emptier_fill >= full:
             break
@@ -135,14 +147,20 @@ def propose_lengths(
 
 
 def _sample_sizes(
-    source: Source, tokenizer: Tokenizer, length: int, examples: int, seed: int
+    source: Source,
+    tokenizer: Tokenizer,
+    length: int,
+    examples: int,
+    seed: int,
 ) -> Int[np.ndarray, "examples 3"]:
     """Input tokens, target tokens and truncated tokens of the first examples."""
     pairs = source.token_pairs(tokenizer, input_length=length, target_length=length, seed=seed)
     sizes = []
     for index in range(examples):
         pair = pairs[index]
-        sizes.append((len(pair["inputs"]), len(pair["targets"]), pair["truncated"]))
+        num_inputs = len(pair["inputs"])
+        num_targets = len(pair["targets"])
+        sizes.append((num_inputs, num_targets, pair["truncated"]))
     return np.array(sizes)
 
 
@@ -150,20 +168,32 @@ def _target_lengths(sizes: Int[np.ndarray, "examples 3"], input_length: int) -> 
     """Multiples of 8 around the length at which inputs and targets are equally full."""
     mean_inputs, mean_targets, _ = sizes.mean(0)
     balanced = input_length * mean_targets / mean_inputs
-    return sorted({max(8, 8 * round(balanced * factor / 8)) for factor in TARGET_FACTORS})
+    lengths = set()
+    for factor in TARGET_FACTORS:
+        length = 8 * round(balanced * factor / 8)
+        lengths.add(max(8, length))
+    return sorted(lengths)
 
 
 def _measure(
-    sizes: Int[np.ndarray, "examples 3"], input_length: int, target_length: int
+    sizes: Int[np.ndarray, "examples 3"],
+    input_length: int,
+    target_length: int,
 ) -> Lengths:
     """Pack a sample repeatedly, until the rows that stay open matter little."""
     limits = (input_length, target_length)
-    truncated = (sizes[:, 2] > 0) | (sizes[:, 1] > target_length)
+    already_truncated = sizes[:, 2] > 0
+    truncated = already_truncated | (sizes[:, 1] > target_length)
     clipped = np.minimum(sizes[:, :2], limits)
-    repeats = 1 + 400 * input_length // int(clipped[:, 0].sum())
-    fitting = [tuple(pair) for pair in clipped.tolist()] * repeats
-    fills = [np.sum(row, 0) / limits for row in _pack_all(fitting, limits)]
-    input_fill, target_fill = np.mean(fills or [(0.0, 0.0)], 0).tolist()
+    total_inputs = int(clipped[:, 0].sum())
+    repeats = 1 + 400 * input_length // total_inputs
+    fitting = [tuple(pair) for pair in clipped.tolist()]
+    fills = []
+    for row in _pack_all(fitting * repeats, limits):
+        total = np.sum(row, 0)
+        fills.append(total / limits)
+    mean_fill = np.mean(fills or [(0.0, 0.0)], 0)
+    input_fill, target_fill = mean_fill.tolist()
     return Lengths(
         input_length=input_length,
         target_length=target_length,
@@ -177,6 +207,7 @@ def _measure(
 def _pack_all(sizes: list[tuple[int, int]], limits: tuple[int, int]) -> Iterator[list]:
     packer = Packer(limits)
     for start in range(0, len(sizes), WINDOW):
-        packer.add_window((pair, pair) for pair in sizes[start : start + WINDOW])
+        window = sizes[start : start + WINDOW]
+        packer.add_window((pair, pair) for pair in window)
         while closed := packer.pack():
             yield closed

@@ -9,7 +9,13 @@ from jaxtyping import Int
 _SMALL = 2**13  # up to this number of examples, their order is kept in memory
 
 
-def shuffled_index(position: int, element: object = None, *, size: int, seed: int) -> int:
+def shuffled_index(
+    position: int,
+    element: object = None,
+    *,
+    size: int,
+    seed: int,
+) -> int:
     """The example at a position of an endless stream: each once an epoch, each epoch reordered.
 
     grain's shuffle needs no memory, but it walks through 2^16 numbers: slow for few examples.
@@ -18,27 +24,46 @@ def shuffled_index(position: int, element: object = None, *, size: int, seed: in
       element: ignored; grain passes the element at this position.
       size: number of examples.
     """
+    seed_32_bits = seed % 2**32
+    if size > _SMALL:
+        endless_order = _global_order(seed_32_bits, size)
+        return endless_order[position]
     epoch, index = divmod(position, size)
-    if size <= _SMALL:
-        return int(_permutation(seed % 2**32, epoch, size)[index])
-    return _global_order(seed % 2**32, size)[position]
+    order = _permutation(seed_32_bits, epoch, size)
+    return int(order[index])
 
 
 @functools.lru_cache(maxsize=4096)
 def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
-    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(size)
+    return order.astype(np.int32)
 
 
 @functools.lru_cache(maxsize=4096)
 def _global_order(seed: int, size: int) -> grain.MapDataset:
-    return grain.MapDataset.range(size).shuffle(seed)
+    indices = grain.MapDataset.range(size)
+    return indices.shuffle(seed)
 
 
-def window_shuffle(dataset: grain.MapDataset, *, size: int, seed: int) -> grain.MapDataset:
+def window_shuffle(
+    dataset: grain.MapDataset,
+    *,
+    size: int,
+    seed: int,
+) -> grain.MapDataset:
     """An endless dataset whose windows of `size` elements are each in random order."""
-    places = grain.MapDataset.range(size).shuffle(seed).repeat()
-    return places.map_with_index(functools.partial(_in_window, dataset, size))
+    indices = grain.MapDataset.range(size)
+    places = indices.shuffle(seed).repeat()
+    element_at = functools.partial(_element_of_window, dataset, size)
+    return places.map_with_index(element_at)
 
 
-def _in_window(dataset: grain.MapDataset, size: int, position: int, place: int) -> object:
-    return dataset[position - position % size + place]
+def _element_of_window(
+    dataset: grain.MapDataset,
+    size: int,
+    position: int,
+    place: int,
+) -> object:
+    window_start = position - position % size
+    return dataset[window_start + place]

@@ -25,43 +25,55 @@ def span_corruption(
     """
     length = len(tokens)
     if length < 2:
-        return tokens.astype(np.int32), np.zeros(0, np.int32)
+        no_targets = np.zeros(0, np.int32)
+        return tokens.astype(np.int32), no_targets
     num_hidden, num_spans = _noise(length, rate, mean_span)
-    visible_lengths = _partition(length - num_hidden, num_spans, rng)
+    num_visible = length - num_hidden
+    visible_lengths = _partition(num_visible, num_spans, rng)
     hidden_lengths = _partition(num_hidden, num_spans, rng)
-    inputs, targets = [], []
+    input_parts = []
+    target_parts = []
     start = 0
     for span in range(num_spans):
         sentinel = np.array([tokenizer.sentinel(span)], np.int32)
         hidden_start = start + visible_lengths[span]
         hidden_end = hidden_start + hidden_lengths[span]
-        inputs += [tokens[start:hidden_start], sentinel]
-        targets += [sentinel, tokens[hidden_start:hidden_end]]
+        visible = tokens[start:hidden_start]
+        hidden = tokens[hidden_start:hidden_end]
+        input_parts += [visible, sentinel]
+        target_parts += [sentinel, hidden]
         start = hidden_end
-    return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
+    inputs = np.concatenate(input_parts)
+    targets = np.concatenate(target_parts)
+    return inputs.astype(np.int32), targets.astype(np.int32)
 
 
 def restore(
-    inputs: Int[np.ndarray, "L"], targets: Int[np.ndarray, "T"], tokenizer: Tokenizer
+    inputs: Int[np.ndarray, "L"],
+    targets: Int[np.ndarray, "T"],
+    tokenizer: Tokenizer,
 ) -> Int[np.ndarray, "length"]:
     """The original tokens of a corrupted chunk: the inverse of `span_corruption`."""
     sentinels = {tokenizer.sentinel(index) for index in range(NUM_SENTINELS)}
-    hidden: dict[int, list[int]] = {}
+    span_of_sentinel: dict[int, list[int]] = {}
     span: list[int] = []
     for token in targets.tolist():
         if token in sentinels:
-            span = hidden.setdefault(token, [])
+            span = span_of_sentinel.setdefault(token, [])
         elif token != EOS:
             span.append(token)
     tokens: list[int] = []
     for token in inputs.tolist():
         if token != EOS:
-            tokens += hidden.get(token, [token])
+            tokens += span_of_sentinel.get(token, [token])
     return np.array(tokens, np.int32)
 
 
 def chunk_length(
-    input_length: int, target_length: int, rate: float = RATE, mean_span: float = MEAN_SPAN
+    input_length: int,
+    target_length: int,
+    rate: float = RATE,
+    mean_span: float = MEAN_SPAN,
 ) -> int:
     """The longest chunk whose corrupted inputs and targets, with end of sequence, fit.
 
@@ -69,22 +81,31 @@ def chunk_length(
     """
     length = 2
     while True:
-        num_hidden, num_spans = _noise(length + 1, rate, mean_span)
-        num_inputs = length + 1 - num_hidden + num_spans + 1
+        longer = length + 1
+        num_hidden, num_spans = _noise(longer, rate, mean_span)
+        num_visible = longer - num_hidden
+        num_inputs = num_visible + num_spans + 1
         num_targets = num_hidden + num_spans + 1
         if num_inputs > input_length or num_targets > target_length:
             return length
-        length += 1
+        length = longer
 
 
 def _noise(length: int, rate: float, mean_span: float) -> tuple[int, int]:
     """Number of hidden tokens and of hidden spans in a chunk (T5's rounding)."""
-    num_hidden = min(max(round(length * rate), 1), length - 1)
-    num_spans = max(round(num_hidden / mean_span), 1)
-    return num_hidden, min(num_spans, length - num_hidden, NUM_SENTINELS)
+    num_hidden = round(length * rate)
+    num_hidden = max(num_hidden, 1)
+    num_hidden = min(num_hidden, length - 1)
+    num_visible = length - num_hidden
+    num_spans = round(num_hidden / mean_span)
+    num_spans = max(num_spans, 1)
+    num_spans = min(num_spans, num_visible, NUM_SENTINELS)
+    return num_hidden, num_spans
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, "parts"]:
     """Random positive lengths that sum to the total."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(np.concatenate([[0], cuts, [total]]))
+    cuts = rng.choice(total - 1, parts - 1, replace=False) + 1
+    cuts = np.sort(cuts)
+    boundaries = np.concatenate([[0], cuts, [total]])
+    return np.diff(boundaries)

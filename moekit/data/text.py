@@ -40,11 +40,14 @@ class Corpus:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        return tuple(sorted({document.domain for document in self.documents("train")}))
+        documents = self.documents("train")
+        domains = {document.domain for document in documents}
+        return tuple(sorted(domains))
 
     def labels(self, split: str) -> tuple[tuple[str, str], ...]:
         """(domain, corpus) of each domain of a split, for statistics."""
-        domains = {document.domain for document in self.documents(split)}
+        documents = self.documents(split)
+        domains = {document.domain for document in documents}
         return tuple((domain, self.name) for domain in sorted(domains))
 
     def digest(self) -> str:
@@ -52,7 +55,8 @@ class Corpus:
         sha = hashlib.sha256()
         for document in self.documents("train"):
             sha.update(document.text.encode())
-        return sha.hexdigest()[:12]
+        digest = sha.hexdigest()
+        return digest[:12]
 
     def token_pairs(
         self,
@@ -71,14 +75,17 @@ class Corpus:
         Every document is divided into chunks whose corrupted inputs just fill input_length. Spans
         are drawn anew in each epoch.
         """
-        chunks = _chunks(self, split, tokenizer, chunk_length(input_length, target_length))
-        dataset = grain.MapDataset.source(range(len(chunks)))
+        length = chunk_length(input_length, target_length)
+        chunks = _chunks(self, split, tokenizer, length)
+        num_chunks = len(chunks)
+        dataset = grain.MapDataset.source(range(num_chunks))
         if repeat:
             dataset = dataset.repeat()
         if shuffle:
-            order = partial(shuffled_index, size=len(chunks), seed=seed)
+            order = partial(shuffled_index, size=num_chunks, seed=seed)
             dataset = dataset.map_with_index(order)
-        return dataset.random_map(partial(_corrupt, chunks, tokenizer), seed=seed % 2**32)
+        corrupt = partial(_corrupt, chunks, tokenizer)
+        return dataset.random_map(corrupt, seed=seed % 2**32)
 
 
 @lru_cache(maxsize=32)
@@ -104,7 +111,8 @@ class _Chunks:
         self._places: list[tuple[int, int]] = []  # document and start of each chunk
         for document, ids in enumerate(tokens):
             # a tail shorter than a span teaches nothing
-            end = max(1, len(ids) - int(MEAN_SPAN))
+            last_start = len(ids) - int(MEAN_SPAN)
+            end = max(1, last_start)
             for start in range(0, end, length):
                 self._places.append((document, start))
 
@@ -113,11 +121,18 @@ class _Chunks:
 
     def __getitem__(self, index: int) -> tuple[Int[np.ndarray, "length"], int]:
         document, start = self._places[index]
-        tokens = self._tokens[document][start : start + self._length]
-        return tokens, self._domains[document]
+        end = start + self._length
+        tokens = self._tokens[document]
+        domain = self._domains[document]
+        return tokens[start:end], domain
 
 
-def _corrupt(chunks: _Chunks, tokenizer: Tokenizer, index: int, rng: np.random.Generator) -> dict:
+def _corrupt(
+    chunks: _Chunks,
+    tokenizer: Tokenizer,
+    index: int,
+    rng: np.random.Generator,
+) -> dict:
     tokens, domain = chunks[index]
     inputs, targets = span_corruption(tokens, rng, tokenizer=tokenizer)
     end = np.int32(EOS)
@@ -134,12 +149,27 @@ def _tokenized(corpus: Corpus, split: str, tokenizer: Tokenizer) -> list[Int[np.
     from tqdm import tqdm
 
     documents = corpus.documents(split)
-    progress = tqdm(documents, desc=f"tokenize {corpus.name} {split}", unit="doc", leave=False)
-    return [np.asarray(tokenizer.encode(document.text), np.int32) for document in progress]
+    description = f"tokenize {corpus.name} {split}"
+    tokens = []
+    for document in tqdm(documents, desc=description, unit="doc", leave=False):
+        ids = tokenizer.encode(document.text)
+        tokens.append(np.asarray(ids, np.int32))
+    return tokens
 
 
 @lru_cache(maxsize=16)
-def _chunks(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Chunks:
-    index_of = {domain: index for index, (domain, _) in enumerate(corpus.labels(split))}
-    domains = [index_of[document.domain] for document in corpus.documents(split)]
-    return _Chunks(_tokenized(corpus, split, tokenizer), domains, length)
+def _chunks(
+    corpus: Corpus,
+    split: str,
+    tokenizer: Tokenizer,
+    length: int,
+) -> _Chunks:
+    tokens = _tokenized(corpus, split, tokenizer)
+    index_of_domain = {}
+    for index, (domain, _) in enumerate(corpus.labels(split)):
+        index_of_domain[domain] = index
+    domains = []
+    for document in corpus.documents(split):
+        index = index_of_domain[document.domain]
+        domains.append(index)
+    return _Chunks(tokens, domains, length)

@@ -41,21 +41,26 @@ def target_logits(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
     Its gradient is written as a comparison with the targets, which XLA fuses with the gradient of
     the softmax; the transpose of a gather would be a scatter into zeros.
     """
-    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    index = targets[..., None]
+    chosen = jnp.take_along_axis(logits, index, -1)
+    return chosen[..., 0]
 
 
 def _target_logits_forward(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> tuple[Array, tuple[Array, Array]]:
-    return target_logits(logits, targets), (logits, targets)
+    chosen = target_logits(logits, targets)
+    return chosen, (logits, targets)
 
 
 def _target_logits_backward(
     residuals: tuple[Array, Array], gradient: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], None]:
     logits, targets = residuals
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.where(is_target, gradient[..., None], 0).astype(logits.dtype), None
+    vocabulary_size = logits.shape[-1]
+    is_target = jnp.arange(vocabulary_size) == targets[..., None]
+    logits_gradient = jnp.where(is_target, gradient[..., None], 0)
+    return logits_gradient.astype(logits.dtype), None
 
 
 target_logits.defvjp(_target_logits_forward, _target_logits_backward)
@@ -84,7 +89,9 @@ def token_losses(
     objective = cross_entropy
     if label_smoothing:
         uniform_cross_entropy = log_z - logits.mean(-1)
-        objective = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform_cross_entropy
+        target_part = (1 - label_smoothing) * cross_entropy
+        uniform_part = label_smoothing * uniform_cross_entropy
+        objective = target_part + uniform_part
     is_hit = logits.argmax(-1) == targets
     return {
         "objective": jnp.sum(weights * objective),
@@ -95,12 +102,20 @@ def token_losses(
     }
 
 
-def auxiliary_losses(cfg: ModelConfig, stats: dict[str, LayerStats]) -> dict[str, Float[Array, ""]]:
+def auxiliary_losses(
+    cfg: ModelConfig,
+    stats: dict[str, LayerStats],
+) -> dict[str, Float[Array, ""]]:
     """The router losses times their coefficients: means over all MoE layers."""
     if not stats:
-        return {"balance": jnp.zeros(()), "router_z": jnp.zeros(())}
-    balance = jnp.concatenate([of_stack.balance_loss() for of_stack in stats.values()])
-    router_z = jnp.concatenate([of_stack.router_z_loss() for of_stack in stats.values()])
+        return {
+            "balance": jnp.zeros(()),
+            "router_z": jnp.zeros(()),
+        }
+    balance_of_stack = [of_stack.balance_loss() for of_stack in stats.values()]
+    balance = jnp.concatenate(balance_of_stack)
+    router_z_of_stack = [of_stack.router_z_loss() for of_stack in stats.values()]
+    router_z = jnp.concatenate(router_z_of_stack)
     return {
         "balance": cfg.balance_loss * balance.mean(),
         "router_z": cfg.router_z_loss * router_z.mean(),
@@ -118,12 +133,15 @@ def training_loss(
     """The objective; its parts as they are logged; the routers' statistics."""
     model = nnx.merge(graphdef, params, rest)
     output = model(batch, key=key, remat=config.remat)
-    sums = token_losses(output.logits, batch.targets, batch.loss_weights, config.label_smoothing)
+    smoothing = config.label_smoothing
+    sums = token_losses(output.logits, batch.targets, batch.loss_weights, smoothing)
     count = jnp.maximum(sums["count"], 1)
     auxiliary = auxiliary_losses(model.cfg, output.stats)
     z_loss = config.z_loss * sums["z"] / count
     objective = sums["objective"] / count
-    total = objective + z_loss + auxiliary["balance"] + auxiliary["router_z"]
+    balance = auxiliary["balance"]
+    router_z = auxiliary["router_z"]
+    total = objective + z_loss + balance + router_z
     report = {
         "loss": sums["cross_entropy"] / count,
         "accuracy": sums["hits"] / count,
@@ -137,11 +155,18 @@ def training_loss(
 
 def router_report(stack_name: str, stats: LayerStats) -> dict[str, Float[Array, ""]]:
     """How balanced the routers of a stack are: means over its MoE layers."""
-    mean_load = stats.load.mean(-1)
-    max_violation = stats.load.max(-1) / jnp.maximum(mean_load, 1e-9) - 1
-    dropped = stats.dropped_tokens / jnp.maximum(stats.tokens, 1)
-    share = stats.load / jnp.maximum(stats.load.sum(-1, keepdims=True), 1)
-    entropy = -jax.scipy.special.xlogy(share, share).sum(-1)
+    load = stats.load
+    mean_load = load.mean(-1)
+    largest_load = load.max(-1)
+    max_violation = largest_load / jnp.maximum(mean_load, 1e-9) - 1
+
+    num_tokens = jnp.maximum(stats.tokens, 1)
+    dropped = stats.dropped_tokens / num_tokens
+
+    total_load = load.sum(-1, keepdims=True)
+    share = load / jnp.maximum(total_load, 1)
+    terms = jax.scipy.special.xlogy(share, share)
+    entropy = -terms.sum(-1)
     return {
         f"{stack_name}_max_violation": max_violation.mean(),
         f"{stack_name}_dropped": dropped.mean(),
@@ -164,8 +189,12 @@ class Step(NamedTuple):
     state: TrainState
 
     def start(self, params: nnx.State, rest: nnx.State, seed: int) -> TrainState:
-        """The state before step 1. It takes over the arrays given: pass copies to keep them."""
-        step, optimizer_state, key = self.init(params, jax.random.key(seed))
+        """The state before step 1.
+
+        It contains the arrays given, whose memory `update` donates: pass copies to keep them.
+        """
+        seed_key = jax.random.key(seed)
+        step, optimizer_state, key = self.init(params, seed_key)
         return TrainState(step, params, rest, optimizer_state, key)
 
 
@@ -175,7 +204,9 @@ def compiled_step(model: EncoderDecoder, config: TrainConfig) -> Step:
     It is cached: a second run of the same configuration and shapes does not compile again.
     """
     graphdef, params, rest = split_model(model)
-    return _compiled_step(graphdef, _Shapes.of(params), _Shapes.of(rest), config, model.mesh)
+    params_shapes = _Shapes.of(params)
+    rest_shapes = _Shapes.of(rest)
+    return _compiled_step(graphdef, params_shapes, rest_shapes, config, model.mesh)
 
 
 class _Shapes(NamedTuple):
@@ -186,8 +217,9 @@ class _Shapes(NamedTuple):
 
     @classmethod
     def of(cls, tree: Any) -> "_Shapes":
-        leaves, structure = jax.tree.flatten(tree)
-        return cls(tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves), structure)
+        arrays, structure = jax.tree.flatten(tree)
+        leaves = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        return cls(tuple(leaves), structure)
 
     def tree(self) -> Any:
         return jax.tree.unflatten(self.structure, self.leaves)
@@ -210,7 +242,8 @@ def _compiled_step(
     shapes = TrainState(step, params, rest, optimizer_state, key)
     if mesh is None:
         shapes = with_shardings(shapes, replicated(None))
-        return Step(jax.jit(init), jax.jit(update, donate_argnums=0), shapes)
+        compiled_update = jax.jit(update, donate_argnums=0)
+        return Step(jax.jit(init), compiled_update, shapes)
 
     shardings = state_shardings(shapes, mesh)
     # explicit out_shardings, so that outputs reuse the donated buffers
@@ -224,7 +257,8 @@ def _compiled_step(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=_compiler_options(mesh),
     )
-    return Step(compiled_init, compiled_update, with_shardings(shapes, shardings))
+    sharded_shapes = with_shardings(shapes, shardings)
+    return Step(compiled_init, compiled_update, sharded_shapes)
 
 
 def make_init(optimizer: optax.GradientTransformation) -> Init:
@@ -232,13 +266,16 @@ def make_init(optimizer: optax.GradientTransformation) -> Init:
 
     def init(params: nnx.State, key: Key[Array, ""]) -> tuple[Array, Any, Array]:
         first_step = jnp.zeros((), jnp.int32)
-        return first_step, optimizer.init(params), key
+        optimizer_state = optimizer.init(params)
+        return first_step, optimizer_state, key
 
     return init
 
 
 def make_update(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
 ) -> Update:
     """The function that maps a state and a batch to the next state and a report."""
     loss_gradient = jax.grad(training_loss, has_aux=True)
@@ -266,21 +303,23 @@ def make_update(
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Shardings in the place of a state's arrays."""
+    """A state with the sharding of every array in place of the array."""
     specs = state_specs(shapes.optimizer, shapes.params, mesh)
+    optimizer_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return TrainState(
         step=replicated(mesh),
         params=model_shardings(shapes.params, mesh),
         rest=model_shardings(shapes.rest, mesh),
-        optimizer=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
+        optimizer=optimizer_shardings,
         key=replicated(mesh),
     )
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Asynchronous all-to-alls where the TPU has them; large slices of v5e and v6e do not."""
+    first_device = mesh.devices.flat[0]
     is_tpu = platform(mesh) == "tpu"
-    if is_tpu and "lite" not in mesh.devices.flat[0].device_kind:
+    if is_tpu and "lite" not in first_device.device_kind:
         return {"xla_tpu_enable_async_all_to_all": "true"}
     return None
 
@@ -290,7 +329,8 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
     def array(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, length), dtype, sharding=sharding)
+        shape = (config.batch_size, length)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return Batch(
         inputs=array(config.input_length),

@@ -22,7 +22,8 @@ def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()) ->
       tokens: labels of the tokens; default: their indices.
     """
     figure, grid = panels(len(routings), width=3.4, height=3.2, columns=3)
-    for axes, (name, routing) in zip(grid, routings.items(), strict=True):
+    for axes, name in zip(grid, routings, strict=True):
+        routing = routings[name]
         probs = np.asarray(routing.probs)
         num_tokens, num_experts = probs.shape
         image = axes.imshow(probs, cmap="Greys", vmin=0, vmax=1, aspect="auto")
@@ -31,7 +32,9 @@ def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()) ->
         axes.set_xlabel("expert")
         axes.set_ylabel("token")
         axes.set_xticks(range(num_experts))
-        axes.set_yticks(range(num_tokens), tokens or range(num_tokens))
+        rows = range(num_tokens)
+        row_labels = tokens or rows
+        axes.set_yticks(rows, row_labels)
     figure.colorbar(image, ax=grid, label="router probability")
     return figure
 
@@ -39,52 +42,87 @@ def plot_routing(routings: Mapping[str, Routing], tokens: Sequence[str] = ()) ->
 def _write_slots(axes: Axes, routing: Routing, probs: ndarray) -> None:
     """Write the slot of every choice, or a cross, at its token and expert."""
     num_experts = probs.shape[1]
-    is_choice = np.asarray(routing.expert_index) < num_experts
+    num_slots = num_experts * routing.capacity
+    expert_index = np.asarray(routing.expert_index)
+    is_choice = expert_index < num_experts
     for token, choice in np.argwhere(is_choice):
-        expert = int(routing.expert_index[token, choice])
+        expert = int(expert_index[token, choice])
         slot = int(routing.slot[token, choice])
-        kept = slot < num_experts * routing.capacity
-        text = str(slot % routing.capacity) if kept else "x"
-        color = "white" if probs[token, expert] > 0.5 else "black"
+        text = "x"
+        if slot < num_slots:
+            slot_in_queue = slot % routing.capacity
+            text = str(slot_in_queue)
+        color = "black"
+        if probs[token, expert] > 0.5:
+            color = "white"
         axes.text(expert, token, text, ha="center", va="center", color=color, fontsize=9)
 
 
 def plot_sharding(parameters: Mapping[str, nnx.Variable]) -> Figure:
     """Each parameter divided along its sharded dimensions, with the devices of each part."""
     figure, grid = panels(len(parameters), width=3.8, height=3.0, columns=3)
-    for axes, (name, parameter) in zip(grid, parameters.items(), strict=True):
-        shape = parameter.shape
+    for axes, name in zip(grid, parameters, strict=True):
+        parameter = parameters[name]
         devices_of_part = _devices_of_parts(parameter)
         parts = devices_of_part.shape
-        sharded = [dimension for dimension, count in enumerate(parts) if count > 1]
-        num_rows = parts[sharded[0]] if sharded else 1
+        sharded = []
+        for dimension, count in enumerate(parts):
+            if count > 1:
+                sharded.append(dimension)
+        num_rows = 1
+        if sharded:
+            first_sharded = sharded[0]
+            num_rows = parts[first_sharded]
         cells = devices_of_part.reshape(num_rows, -1)
-        shades = [[min(devices) for devices in row] for row in cells]
-        axes.imshow(shades, cmap="Greys", vmin=-1, vmax=14, aspect="auto")
-        for (row, column), devices in np.ndenumerate(cells):
-            text = ", ".join(map(str, devices))
-            axes.text(column, row, text, ha="center", va="center")
+        _write_devices(axes, cells)
         labels = []
         for dimension in sharded:
-            axis, size = parameter.axes[dimension], shape[dimension]
-            labels.append(f"{axis}, {size} in {parts[dimension]} parts")
-        axes.set_title(f"{name} {list(shape)}")
-        axes.set_ylabel(labels[0] if labels else "whole")
-        axes.set_xlabel(" x ".join(labels[1:]) or "whole")
+            axis = parameter.axes[dimension]
+            size = parameter.shape[dimension]
+            count = parts[dimension]
+            labels.append(f"{axis}, {size} in {count} parts")
+        row_label = "whole"
+        if labels:
+            row_label = labels[0]
+        column_label = " x ".join(labels[1:])
+        axes.set_title(f"{name} {list(parameter.shape)}")
+        axes.set_ylabel(row_label)
+        axes.set_xlabel(column_label or "whole")
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle("Which devices hold which part")
     return figure
 
 
+def _write_devices(axes: Axes, cells: ndarray) -> None:
+    """Write the ids of the devices of every part, which is the darker the larger its first id."""
+    first_device = []
+    for row in cells:
+        first_of_row = [min(devices) for devices in row]
+        first_device.append(first_of_row)
+    axes.imshow(first_device, cmap="Greys", vmin=-1, vmax=14, aspect="auto")
+    for (row, column), devices in np.ndenumerate(cells):
+        names = [str(device) for device in devices]
+        text = ", ".join(names)
+        axes.text(column, row, text, ha="center", va="center")
+
+
 def _devices_of_parts(parameter: nnx.Variable) -> ndarray:
     """Ids of the devices that hold each part of a parameter, [parts of each dimension]."""
-    shape, sharding = parameter.shape, parameter[...].sharding
+    shape = parameter.shape
+    sharding = parameter[...].sharding
     shard_shape = sharding.shard_shape(shape)
-    parts = [size // part for size, part in zip(shape, shard_shape, strict=True)]
+    parts = []
+    for size, shard_size in zip(shape, shard_shape, strict=True):
+        parts.append(size // shard_size)
     devices = np.empty(parts, object)
-    for device, slices in sharding.devices_indices_map(shape).items():
-        starts = [dimension_slice.start or 0 for dimension_slice in slices]
-        part = tuple(start // size for start, size in zip(starts, shard_shape, strict=True))
-        devices[part] = [*(devices[part] or []), device.id]
+    slices_of_device = sharding.devices_indices_map(shape)
+    for device, slices in slices_of_device.items():
+        position = []
+        for dimension_slice, shard_size in zip(slices, shard_shape, strict=True):
+            start = dimension_slice.start or 0
+            position.append(start // shard_size)
+        part = tuple(position)
+        earlier = devices[part] or []
+        devices[part] = [*earlier, device.id]
     return devices

@@ -1,5 +1,6 @@
 """Figures of training and evaluation: bars, learning curves, scores."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,23 +29,32 @@ def plot_bars(
       label: of the vertical axis.
       line: name and height of a level to compare with.
     """
-    names = list(next(iter(groups.values())))
-    width = max(5, 2.5 + 1.1 * len(names))
-    figure, axes = plt.subplots(figsize=(width, 3.4), layout="constrained")
-    for index, (series, values) in enumerate(groups.items()):
+    first = next(iter(groups.values()))
+    names = list(first)
+    num_places = len(names)
+    width = max(5, 2.5 + 1.1 * num_places)
+    size = (width, 3.4)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    num_series = len(groups)
+    for index, series in enumerate(groups):
+        values = groups[series]
         heights = [values[name] for name in names]
-        grouped_bars(axes, heights, index, len(groups), series)
+        grouped_bars(axes, heights, index, num_series, series)
     if line:
         name, level = line
         axes.axhline(level, color="black", ls="--", lw=1, label=name)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(num_places), names)
     axes.set_ylabel(label)
     axes.set_title(title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     return figure
 
 
-def plot_seeds(groups: Mapping[str, Sequence[float]], label: str, title: str) -> Figure:
+def plot_seeds(
+    groups: Mapping[str, Sequence[float]],
+    label: str,
+    title: str,
+) -> Figure:
     """One dot per seed, one row per group, with mean and standard error.
 
     Args:
@@ -52,17 +62,24 @@ def plot_seeds(groups: Mapping[str, Sequence[float]], label: str, title: str) ->
       label: of the horizontal axis.
       title: of the figure.
     """
-    height = 1.2 + 0.42 * len(groups)
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    num_groups = len(groups)
+    height = 1.2 + 0.42 * num_groups
+    size = (7, height)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     for row, values in enumerate(groups.values()):
+        num_seeds = len(values)
         mean = np.mean(values)
-        standard_error = np.std(values, ddof=1) / np.sqrt(len(values))
-        heights = np.full(len(values), row)
+        deviation = np.std(values, ddof=1)
+        standard_error = deviation / np.sqrt(num_seeds)
+        heights = np.full(num_seeds, row)
         axes.plot(values, heights, "o", color="0.55", markersize=5, alpha=0.7)
         axes.errorbar(mean, row, xerr=standard_error, fmt="|", color="black", ms=14, capsize=4)
     first = next(iter(groups.values()))
-    axes.axvline(float(np.mean(first)), color="black", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(groups)), list(groups))
+    first_mean = float(np.mean(first))
+    axes.axvline(first_mean, color="black", linestyle="--", linewidth=1)
+    places = range(num_groups)
+    names = list(groups)
+    axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlabel(label)
     figure.suptitle(title)
@@ -84,41 +101,50 @@ def plot_learning_curves(
       lines: names and heights of levels to compare with.
     """
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for index, (name, metrics) in enumerate(runs.items()):
-        color, style = LINES[index % len(LINES)]
-        steps, values = metrics[key]
-        marker = "o" if len(steps) < FEW_POINTS else None
+    for name, line in zip(runs, itertools.cycle(LINES), strict=False):
+        color, style = line
+        steps, values = runs[name][key]
+        is_short = len(steps) < FEW_POINTS
+        marker = "o" if is_short else None
         axes.plot(steps, values, color=color, ls=style, marker=marker, ms=3, label=name)
+    right_edge = ("axes fraction", "data")
     for name, level in lines:
         axes.axhline(level, color="0.7", lw=1)
         place = (0.99, level)
-        axes.annotate(name, place, xycoords=("axes fraction", "data"), ha="right", va="top")
+        axes.annotate(name, place, xycoords=right_edge, ha="right", va="top")
     axes.set_xlabel("step")
-    axes.set_ylabel(label or key)
+    value_label = label or key
+    axes.set_ylabel(value_label)
     axes.set_title(title or key)
     axes.legend(frameon=False)
     return figure
 
 
-def plot_scores(groups: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> Figure:
+def plot_scores(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str = "",
+) -> Figure:
     """Bars by suite and model; whiskers are 95 % intervals, lines are baselines.
 
     Args:
       groups: `Scores.to_dict()` of each suite, by model; the same suites for every model.
     """
     first = next(iter(groups.values()))
-    suites = [scores["name"].split(" on ")[-1] for scores in first]
-    width = max(6.0, 2 + 1.3 * len(suites))
-    figure, axes = plt.subplots(figsize=(width, 4.2), layout="constrained")
-    for index, (model, scores) in enumerate(groups.items()):
-        means = [each["mean"] for each in scores]
-        heights = [mean["score"] for mean in means]
-        below = [mean["score"] - mean["low"] for mean in means]
-        above = [mean["high"] - mean["score"] for mean in means]
-        grouped_bars(axes, heights, index, len(groups), model, errors=[below, above], cap_size=2.0)
+    suites = []
+    for scores in first:
+        *_, suite = scores["name"].split(" on ")
+        suites.append(suite)
+    num_suites = len(suites)
+    width = max(6.0, 2 + 1.3 * num_suites)
+    size = (width, 4.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    num_models = len(groups)
+    for index, model in enumerate(groups):
+        heights, errors = _means(groups[model])
+        grouped_bars(axes, heights, index, num_models, model, errors=errors, cap_size=2.0)
     _draw_baseline(axes, first, "chance", "solid")
     _draw_baseline(axes, first, "majority", "dashed")
-    axes.set_xticks(range(len(suites)), suites)
+    axes.set_xticks(range(num_suites), suites)
     axes.set_ylabel("mean score over tasks (95 % interval)")
     axes.set_title(title)
     axes.set_ylim(0, None)
@@ -126,19 +152,40 @@ def plot_scores(groups: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
     return figure
 
 
+def _means(scores: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Mean score of each suite, and the distances of its interval's ends [2, suites]."""
+    heights = []
+    below = []
+    above = []
+    for suite in scores:
+        mean = suite["mean"]
+        score = mean["score"]
+        heights.append(score)
+        below.append(score - mean["low"])
+        above.append(mean["high"] - score)
+    return heights, [below, above]
+
+
 def _draw_baseline(
-    axes: Axes, scores: Sequence[Mapping[str, Any]], baseline: str, style: str
+    axes: Axes,
+    scores: Sequence[Mapping[str, Any]],
+    baseline: str,
+    style: str,
 ) -> None:
     """A line for each suite across its bars; a white outline shows it on dark ones."""
     places = np.arange(len(scores))
-    heights = [each["mean"][baseline] for each in scores]
+    means = [suite["mean"] for suite in scores]
+    heights = [mean[baseline] for mean in means]
+    outline = withStroke(linewidth=3, foreground="white")
+    left = places - 0.42
+    right = places + 0.42
     axes.hlines(
         heights,
-        places - 0.42,
-        places + 0.42,
+        left,
+        right,
         label=baseline,
         color="black",
         lw=1.2,
         linestyles=style,
-        path_effects=[withStroke(linewidth=3, foreground="white")],
+        path_effects=[outline],
     )

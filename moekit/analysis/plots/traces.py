@@ -31,12 +31,17 @@ def plot_expert_load(trace: RouterTrace) -> Figure:
 
 def plot_load(loads: Mapping[str, Float[ndarray, "Y E"]], name: str) -> Figure:
     """`plot_expert_load` from the loads of each stack."""
-    shown = [(stack, layer) for stack, load in loads.items() for layer in range(len(load))]
+    shown = []
+    for stack, load_of_layer in loads.items():
+        for layer, load in enumerate(load_of_layer):
+            shown.append((stack, layer, load))
     figure, grid = panels(len(shown))
-    for axes, (stack, layer) in zip(grid, shown, strict=True):
-        load = np.sort(loads[stack][layer])[::-1]
-        axes.bar(np.arange(len(load)), load, color="0.55", edgecolor="0.2")
-        axes.axhline(1 / len(load), color="black", ls="--", lw=1, label="balance")
+    for axes, (stack, layer, load) in zip(grid, shown, strict=True):
+        num_experts = len(load)
+        largest_first = np.sort(load)[::-1]
+        places = np.arange(num_experts)
+        axes.bar(places, largest_first, color="0.55", edgecolor="0.2")
+        axes.axhline(1 / num_experts, color="black", ls="--", lw=1, label="balance")
         axes.set_title(f"{stack}, MoE layer {layer}")
         axes.set_xlabel("experts, by load")
         axes.set_ylabel("share")
@@ -47,11 +52,15 @@ def plot_load(loads: Mapping[str, Float[ndarray, "Y E"]], name: str) -> Figure:
 
 def plot_domain_specialization(trace: RouterTrace, stack: str = "encoder") -> Figure:
     """Share of each domain's tokens by expert, with intervals and the chance line k / E."""
-    return plot_specialization(domain_specialization(trace, stack), trace.model, stack)
+    result = domain_specialization(trace, stack)
+    return plot_specialization(result, trace.model, stack)
 
 
 def plot_specialization(
-    result: Specialization, name: str, stack: str = "encoder", what: str = "domain"
+    result: Specialization,
+    name: str,
+    stack: str = "encoder",
+    what: str = "domain",
 ) -> Figure:
     """Bars of N(e, p) / N(p) by expert and label, one panel for each layer.
 
@@ -61,7 +70,8 @@ def plot_specialization(
     """
     layers, experts, labels = result.share.shape
     width = max(5.0, 0.16 * experts * labels)
-    figure, grid = panels(layers, width=width, columns=2 if experts < 12 else 1)
+    columns = 2 if experts < 12 else 1
+    figure, grid = panels(layers, width=width, columns=columns)
     for layer, axes in enumerate(grid):
         for index, label in enumerate(result.labels):
             share = result.share[layer, :, index]
@@ -84,20 +94,27 @@ def plot_specialization(
         axes.set_ylabel("share of its tokens")
         axes.set_xticks(range(experts))
     handles, names = grid[0].get_legend_handles_labels()
-    columns = min(6, len(names))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    legend_columns = min(6, len(names))
+    place = "outside lower center"
+    figure.legend(handles, names, loc=place, ncols=legend_columns, frameon=False)
     figure.suptitle(f"Which experts a {what} uses: {name}")
     return figure
 
 
 def plot_task_specialization(
-    trace: RouterTrace, stack: str = "encoder", by: str = "task"
+    trace: RouterTrace,
+    stack: str = "encoder",
+    by: str = "task",
 ) -> Figure:
     """Heat map of expert use over chance by task (or "cluster") in the last MoE layer."""
     result = specialization(trace, by, stack, resamples=20)
-    ratio = (result.share[-1] / result.chance[-1]).T
+    last_share = result.share[-1]
+    last_chance = result.chance[-1]
+    ratio = (last_share / last_chance).T
     labels, experts = ratio.shape
-    size = (3 + 0.3 * experts, 1.4 + 0.22 * labels)
+    width = 3 + 0.3 * experts
+    height = 1.4 + 0.22 * labels
+    size = (width, height)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(ratio, cmap="Greys", aspect="auto", vmin=0)
     axes.set_yticks(range(labels), result.labels, fontsize=8)
@@ -108,7 +125,11 @@ def plot_task_specialization(
     return figure
 
 
-def plot_domain_distance(trace: RouterTrace, stack: str = "encoder", by: str = "domain") -> Figure:
+def plot_domain_distance(
+    trace: RouterTrace,
+    stack: str = "encoder",
+    by: str = "domain",
+) -> Figure:
     """Jensen-Shannon distances between domains' expert loads, one panel for each layer."""
     result = specialization(trace, by, stack, resamples=1)
     distance = label_distance(result)
@@ -140,13 +161,17 @@ def plot_token_specialization(
     """
     result = token_specialization(trace, stack)
     experts = trace.num_experts
-    size = (1.1 * n + 1.5, 0.3 * experts + 1)
+    width = 1.1 * n + 1.5
+    height = 0.3 * experts + 1
+    size = (width, height)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.axis("off")
     for expert in range(experts):
         axes.text(0, expert, f"expert {expert}", fontsize=9, va="center", weight="bold")
-        for column, (token, share) in enumerate(result.top(layer, expert, n), 1):
-            text = f"{_token_text(token, tokenizer)} {share:.0%}"
+        top_tokens = result.top(layer, expert, n)
+        for column, (token, share) in enumerate(top_tokens, 1):
+            token_text = _token_text(token, tokenizer)
+            text = f"{token_text} {share:.0%}"
             _write_cell(axes, column, expert, text, share)
     axes.set_xlim(0, n + 1.5)
     axes.set_ylim(experts - 0.5, -0.7)
@@ -160,18 +185,21 @@ def plot_token_specialization(
 
 
 def _token_text(token: int, tokenizer: Tokenizer) -> str:
-    """How a token is shown; special tokens have no text."""
+    """Text of a token in the table; special tokens decode to the empty string."""
     text = tokenizer.decode([token])
     if text:
         return repr(text)
     if token == PAD:
         return repr("pad")
-    return repr("eos") if token == EOS else str(token)
+    if token == EOS:
+        return repr("eos")
+    return str(token)
 
 
 def _write_cell(axes: Axes, column: int, row: int, text: str, share: float) -> None:
     """A cell of a table, the darker the larger the share."""
-    box = {"facecolor": str(1 - 0.5 * share), "edgecolor": "none", "pad": 2}
+    grey = str(1 - 0.5 * share)
+    box = {"facecolor": grey, "edgecolor": "none", "pad": 2}
     axes.text(column, row, text, fontsize=8, va="center", family="monospace", bbox=box)
 
 

@@ -37,8 +37,13 @@ class Exercise(NamedTuple):
 
 def _numbers_near(rng: Random, value: int) -> list[str]:
     """Three other numbers close by."""
-    others = [other for other in range(max(0, value - 9), value + 10) if other != value]
-    return [str(other) for other in rng.sample(others, 3)]
+    smallest = max(0, value - 9)
+    others = []
+    for number in range(smallest, value + 10):
+        if number != value:
+            others.append(number)
+    chosen = rng.sample(others, 3)
+    return [str(number) for number in chosen]
 
 
 def _without(items: Sequence[str], *left_out: str) -> list[str]:
@@ -54,7 +59,8 @@ def addition(rng: Random) -> Exercise:
     partial = first + tens
     rationale = f"{first} + {tens} = {partial} and {partial} + {ones} = {total}."
     fields = {"x": f"{first} + {second}"}
-    return Exercise(fields, str(total), _numbers_near(rng, total), rationale)
+    wrong = _numbers_near(rng, total)
+    return Exercise(fields, str(total), wrong, rationale)
 
 
 def subtraction(rng: Random) -> Exercise:
@@ -66,7 +72,8 @@ def subtraction(rng: Random) -> Exercise:
     partial = first - tens
     rationale = f"{first} - {tens} = {partial} and {partial} - {ones} = {difference}."
     fields = {"x": f"{first} - {second}"}
-    return Exercise(fields, str(difference), _numbers_near(rng, difference), rationale)
+    wrong = _numbers_near(rng, difference)
+    return Exercise(fields, str(difference), wrong, rationale)
 
 
 def word_problem(rng: Random) -> Exercise:
@@ -80,16 +87,18 @@ def word_problem(rng: Random) -> Exercise:
     text = f"{name} has {start} {thing}, gets {received} more and gives {given} away."
     rationale = f"{start} + {received} = {total} and {total} - {given} = {left}."
     fields = {"x": text, "y": thing}
-    return Exercise(fields, str(left), _numbers_near(rng, left), rationale)
+    wrong = _numbers_near(rng, left)
+    return Exercise(fields, str(left), wrong, rationale)
 
 
 def largest(rng: Random) -> Exercise:
     numbers = rng.sample(range(1, 999), 4)
     answer = str(max(numbers))
     texts = [str(number) for number in numbers]
+    wrong = _without(texts, answer)
     rationale = f"{answer} is above the others."
     fields = {"x": ", ".join(texts)}
-    return Exercise(fields, answer, _without(texts, answer), rationale)
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def _boolean(rng: Random, depth: int) -> tuple[str, bool]:
@@ -103,8 +112,10 @@ def _boolean(rng: Random, depth: int) -> tuple[str, bool]:
     left, left_value = _boolean(rng, depth - 1)
     right, right_value = _boolean(rng, 0)
     if rng.random() < 0.5:
-        return f"{left} and {right}", left_value and right_value
-    return f"( {left} ) or {right}", left_value or right_value
+        both = left_value and right_value
+        return f"{left} and {right}", both
+    either = left_value or right_value
+    return f"( {left} ) or {right}", either
 
 
 def boolean(rng: Random) -> Exercise:
@@ -112,15 +123,18 @@ def boolean(rng: Random) -> Exercise:
     text, value = _boolean(rng, 4)
     while value != wanted:
         text, value = _boolean(rng, 4)
+    rationale = f"{text} is {value}."
+    wrong = [str(not value)]
     fields = {"x": text}
-    return Exercise(fields, str(value), [str(not value)], f"{text} is {value}.")
+    return Exercise(fields, str(value), wrong, rationale)
 
 
 def parity(rng: Random) -> Exercise:
     number = rng.randint(10, 9999)
     last_digit = number % 10
-    answer = "even" if number % 2 == 0 else "odd"
-    wrong = "odd" if number % 2 == 0 else "even"
+    is_even = number % 2 == 0
+    answer = "even" if is_even else "odd"
+    wrong = "odd" if is_even else "even"
     rationale = f"The last digit of {number} is {last_digit}, which is {answer}."
     fields = {"x": str(number)}
     return Exercise(fields, answer, [wrong], rationale)
@@ -143,27 +157,31 @@ def divisible(rng: Random) -> Exercise:
 def longest_word(rng: Random) -> Exercise:
     while True:
         words = rng.sample(WORDS, 4)
-        *_, second, first = sorted(len(word) for word in words)
+        lengths = [len(word) for word in words]
+        *_, second, first = sorted(lengths)
         if first > second:
             break
     answer = max(words, key=len)
+    wrong = _without(words, answer)
     rationale = f"{answer} has {len(answer)} letters."
     fields = {"x": ", ".join(words)}
-    return Exercise(fields, answer, _without(words, answer), rationale)
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def last_word(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
     *wrong, answer = words
+    rationale = f"The list ends with {answer}."
     fields = {"x": " ".join(words)}
-    return Exercise(fields, answer, wrong, f"The list ends with {answer}.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def first_word(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
     answer, *wrong = words
+    rationale = f"The list begins with {answer}."
     fields = {"x": " ".join(words)}
-    return Exercise(fields, answer, wrong, f"The list begins with {answer}.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def word_after(rng: Random) -> Exercise:
@@ -171,100 +189,122 @@ def word_after(rng: Random) -> Exercise:
     index = rng.randrange(4)
     word = words[index]
     answer = words[index + 1]
+    wrong = _without(words, word, answer)
+    rationale = f"{word} is before {answer}."
     fields = {"x": " ".join(words), "y": word}
-    return Exercise(fields, answer, _without(words, word, answer), f"{word} is before {answer}.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def repeated_word(rng: Random) -> Exercise:
     answer, *wrong = rng.sample(WORDS, 4)
     line = [answer, *wrong, answer]
     rng.shuffle(line)
+    rationale = f"{answer} stands there twice."
     fields = {"x": " ".join(line)}
-    return Exercise(fields, answer, wrong, f"{answer} stands there twice.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def mentioned(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 8)
-    text = words[:5]
-    answer = rng.choice(text)
-    fields = {"x": " ".join(text)}
-    return Exercise(fields, answer, words[5:], f"{answer} is in the line.")
+    shown = words[:5]
+    wrong = words[5:]
+    answer = rng.choice(shown)
+    rationale = f"{answer} is in the line."
+    fields = {"x": " ".join(shown)}
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def owned(rng: Random) -> Exercise:
     people = rng.sample(NAMES, 4)
     things = rng.sample(WORDS, 4)
-    sentences = [f"{person} has the {thing}" for person, thing in zip(people, things, strict=True)]
+    owned_by = dict(zip(people, things, strict=True))
+    text = ". ".join(_owners(owned_by))
     index = rng.randrange(4)
     person = people[index]
     answer = things[index]
-    fields = {"x": ". ".join(sentences) + ".", "y": person}
-    return Exercise(fields, answer, _without(things, answer), f"{person} has the {answer}.")
+    wrong = _without(things, answer)
+    rationale = f"{person} has the {answer}."
+    fields = {"x": f"{text}.", "y": person}
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def prefix(rng: Random) -> Exercise:
     while True:
         answer, *wrong = rng.sample(WORDS, 4)
-        start = answer[: rng.randint(2, 4)]
-        if not any(word.startswith(start[0]) for word in wrong):
-            fields = {"x": start}
-            return Exercise(fields, answer, wrong, f"{answer} starts with {start}.")
+        length = rng.randint(2, 4)
+        start = answer[:length]
+        first_letters = [word[0] for word in wrong]
+        if start[0] not in first_letters:
+            break
+    rationale = f"{answer} starts with {start}."
+    return Exercise({"x": start}, answer, wrong, rationale)
 
 
 def suffix(rng: Random) -> Exercise:
     while True:
         answer, *wrong = rng.sample(WORDS, 4)
-        end = answer[-rng.randint(2, 4) :]
+        length = rng.randint(2, 4)
+        end = answer[-length:]
         if not any(word.endswith(end) for word in wrong):
-            fields = {"x": end}
-            return Exercise(fields, answer, wrong, f"{answer} ends with {end}.")
+            break
+    rationale = f"{answer} ends with {end}."
+    return Exercise({"x": end}, answer, wrong, rationale)
 
 
 def alphabetical(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 4)
     in_order = sorted(words)
     answer = in_order[0]
+    wrong = _without(words, answer)
     rationale = f"In order: {', '.join(in_order)}."
     fields = {"x": ", ".join(words)}
-    return Exercise(fields, answer, _without(words, answer), rationale)
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def count_letter(rng: Random) -> Exercise:
     wanted = rng.randint(1, 4)
     while True:
-        text = " ".join(rng.sample(WORDS, 3))
-        letter = rng.choice(text.replace(" ", ""))
-        if text.count(letter) == wanted:
+        words = rng.sample(WORDS, 3)
+        letters = "".join(words)
+        letter = rng.choice(letters)
+        if letters.count(letter) == wanted:
             break
-    wrong = [str(count) for count in range(1, 5) if count != wanted]
+    answer = str(wanted)
+    wrong = _without(("1", "2", "3", "4"), answer)
     found = " ".join([letter] * wanted)
-    fields = {"x": text, "y": letter}
-    return Exercise(fields, str(wanted), wrong, f"Found {found}: {wanted}.")
+    rationale = f"Found {found}: {wanted}."
+    fields = {"x": " ".join(words), "y": letter}
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def next_number(rng: Random) -> Exercise:
     start = rng.randint(1, 300)
     step = rng.randint(2, 9)
-    shown = [str(start + step * index) for index in range(4)]
     answer = start + 4 * step
+    shown = [str(number) for number in range(start, answer, step)]
+    wrong = _numbers_near(rng, answer)
     rationale = f"Each is {step} more than the former."
     fields = {"x": ", ".join(shown)}
-    return Exercise(fields, str(answer), _numbers_near(rng, answer), rationale)
+    return Exercise(fields, str(answer), wrong, rationale)
 
 
 def spelled(rng: Random) -> Exercise:
     answer, *wrong = rng.sample(WORDS, 4)
-    text = rng.choice("-./+").join(answer)
-    fields = {"x": text}
-    return Exercise(fields, answer, wrong, f"Joined, the letters are {answer}.")
+    separator = rng.choice("-./+")
+    rationale = f"Joined, the letters are {answer}."
+    fields = {"x": separator.join(answer)}
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def phrase_with(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 10)
-    answer, *wrong = (" ".join(words[start : start + 3]) for start in (0, 3, 6))
+    answer = " ".join(words[:3])
+    second = " ".join(words[3:6])
+    third = " ".join(words[6:9])
     word = rng.choice(words[:3])
+    rationale = f"{word} is in {answer}."
     fields = {"x": word}
-    return Exercise(fields, answer, wrong, f"{word} is in {answer}.")
+    return Exercise(fields, answer, [second, third], rationale)
 
 
 def shared_word(rng: Random) -> Exercise:
@@ -272,22 +312,26 @@ def shared_word(rng: Random) -> Exercise:
     answer = words[0]
     left = words[:3]
     right = [answer, *words[3:5]]
+    wrong = words[5:]
     rng.shuffle(left)
     rng.shuffle(right)
     text = f"{' '.join(left)}; {' '.join(right)}."
+    rationale = f"{answer} is in both."
     fields = {"x": text}
-    return Exercise(fields, answer, words[5:], f"{answer} is in both.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def missing_item(rng: Random) -> Exercise:
     words = rng.sample(WORDS, 7)
     first = words[:4]
+    wrong = words[4:]
     answer = rng.choice(first)
     second = _without(first, answer)
     rng.shuffle(second)
     text = f"{' '.join(first)}; {' '.join(second)}."
+    rationale = f"{answer} is in the first list only."
     fields = {"x": text}
-    return Exercise(fields, answer, words[4:], f"{answer} is in the first list only.")
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def swaps(rng: Random) -> Exercise:
@@ -301,9 +345,12 @@ def swaps(rng: Random) -> Exercise:
         sentences.append(f"{first} and {second} swap")
     person = rng.choice(people)
     answer = owned_by[person]
-    rationale = "At last " + ", ".join(_owners(owned_by)) + "."
-    fields = {"x": ". ".join(sentences) + ".", "y": person}
-    return Exercise(fields, answer, _without(things, answer), rationale)
+    wrong = _without(things, answer)
+    at_last = ", ".join(_owners(owned_by))
+    rationale = f"At last {at_last}."
+    text = ". ".join(sentences)
+    fields = {"x": f"{text}.", "y": person}
+    return Exercise(fields, answer, wrong, rationale)
 
 
 def _owners(owned_by: dict[str, str]) -> list[str]:
@@ -313,8 +360,10 @@ def _owners(owned_by: dict[str, str]) -> list[str]:
 def weekday(rng: Random) -> Exercise:
     today = rng.randrange(7)
     days_ahead = rng.randint(2, 60)
-    answer = WEEKDAYS[(today + days_ahead) % 7]
-    wrong = rng.sample(_without(WEEKDAYS, answer), 3)
+    index = (today + days_ahead) % 7
+    answer = WEEKDAYS[index]
+    other_days = _without(WEEKDAYS, answer)
+    wrong = rng.sample(other_days, 3)
     weeks, days = divmod(days_ahead, 7)
     rationale = f"{days_ahead} days are {weeks} weeks and {days} days."
     fields = {"x": WEEKDAYS[today], "y": str(days_ahead)}
@@ -328,7 +377,7 @@ def navigate(rng: Random) -> Exercise:
     steps = {"forward": length, "left": width, "back": length, "right": width}
     moves = list(steps)
     if not returns:
-        changed = moves[rng.randrange(4)]
+        changed = rng.choice(moves)
         steps[changed] += rng.randint(1, 3)
     rng.shuffle(moves)
     sentences = [f"Take {steps[move]} steps {move}" for move in moves]
@@ -338,17 +387,21 @@ def navigate(rng: Random) -> Exercise:
     )
     answer = "yes" if returns else "no"
     wrong = "no" if returns else "yes"
-    fields = {"x": ". ".join(sentences) + "."}
+    text = ". ".join(sentences)
+    fields = {"x": f"{text}."}
     return Exercise(fields, answer, [wrong], rationale)
 
 
 def dyck(rng: Random) -> Exercise:
     closing = {"(": ")", "[": "]", "{": "}"}
-    opened = [rng.choice("([{") for _ in range(rng.randint(2, 5))]
-    answer = " ".join(closing[bracket] for bracket in reversed(opened))
+    depth = rng.randint(2, 5)
+    opened = [rng.choice("([{") for _ in range(depth)]
+    closed = [closing[bracket] for bracket in reversed(opened)]
+    answer = " ".join(closed)
     wrong: set[str] = set()
     while len(wrong) < 3:
-        other = " ".join(rng.choice(")]}") for _ in opened)
+        brackets = [rng.choice(")]}") for _ in opened]
+        other = " ".join(brackets)
         if other != answer:
             wrong.add(other)
     rationale = f"The last opened, {opened[-1]}, closes first."

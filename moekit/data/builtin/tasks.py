@@ -52,7 +52,9 @@ def _documents(split: str) -> list[Document]:
     documents = []
     for entry in entries():
         if entry.split == split and len(entry.text) >= MIN_CHARACTERS:
-            documents.append(Document(entry.text, f"{entry.module}.{entry.name}", entry.domain))
+            title = f"{entry.module}.{entry.name}"
+            document = Document(entry.text, title, entry.domain)
+            documents.append(document)
     return documents
 
 
@@ -62,12 +64,14 @@ def builtin_tasks() -> dict[str, Task]:
     tasks = {}
     for name, description in TEMPLATES["builtin"].items():
         cluster = description["cluster"]
+        task_templates = [Template(text) for text in description["templates"]]
+        inverted = () if name in _REAL else INVERTED
         tasks[name] = Task(
             name=name,
             cluster=cluster,
             load=partial(_load, name),
-            templates=tuple(Template(text) for text in description["templates"]),
-            inverted=() if name in _REAL else INVERTED,
+            templates=tuple(task_templates),
+            inverted=inverted,
             held_out=cluster in HELD_OUT,
         )
     return tasks
@@ -75,9 +79,9 @@ def builtin_tasks() -> dict[str, Task]:
 
 def _load(name: str, split: str) -> list[Example]:
     """The examples of a split: made once for each installation, then read from the cache."""
-    rows = _all_rows(name)[split]
+    rows = _all_rows(name)
     examples = []
-    for identity, fields, answer, options, rationale, domain in rows:
+    for identity, fields, answer, options, rationale, domain in rows[split]:
         example = Example(
             id=identity,
             fields=fields,
@@ -93,28 +97,42 @@ def _load(name: str, split: str) -> list[Example]:
 @lru_cache(maxsize=64)
 def _all_rows(name: str) -> dict[str, list]:
     """The rows of every split of a task."""
-    return cached_json(f"builtin-{sources_digest()}/{name}", partial(_make_rows, name))
+    cache_key = f"builtin-{sources_digest()}/{name}"
+    return cached_json(cache_key, partial(_make_rows, name))
 
 
 def _make_rows(name: str) -> dict[str, list]:
-    generated = name not in _REAL
-    keyed_examples = _generated(name) if generated else _REAL[name](name)
-    by_split: dict[str, list] = {split: [] for split in SPLITS}
-    for key, example in keyed_examples:
-        by_split[split_of(key)].append(_row(example))
-    if not generated:
-        return by_split
-    if TEMPLATES["builtin"][name]["cluster"] in HELD_OUT:
+    if name in _REAL:
+        make_examples = _REAL[name]
+        return _rows_by_split(make_examples(name))
+    by_split = _rows_by_split(_generated(name))
+    description = TEMPLATES["builtin"][name]
+    if description["cluster"] in HELD_OUT:
         # never trained on: "train" needs only a few exemplars, "test" many questions
         by_split["train"], by_split["test"] = by_split["test"], by_split["train"]
     for split in ("valid", "test"):
-        by_split[split] = by_split[split][:MAX_QUESTIONS]
+        questions = by_split[split]
+        by_split[split] = questions[:MAX_QUESTIONS]
+    return by_split
+
+
+def _rows_by_split(keyed_examples: list[KeyedExample]) -> dict[str, list]:
+    by_split: dict[str, list] = {split: [] for split in SPLITS}
+    for key, example in keyed_examples:
+        split = split_of(key)
+        by_split[split].append(_row(example))
     return by_split
 
 
 def _row(example: Example) -> tuple:
-    options = example.options
-    return example.id, example.fields, example.answer, options, example.rationale, example.domain
+    return (
+        example.id,
+        example.fields,
+        example.answer,
+        example.options,
+        example.rationale,
+        example.domain,
+    )
 
 
 def _example(
@@ -127,7 +145,8 @@ def _example(
     rationale: str = "",
 ) -> Example:
     options = [answer, *wrong]
-    stable_random(name, key, "options").shuffle(options)
+    rng = stable_random(name, key, "options")
+    rng.shuffle(options)
     return Example(
         id=f"{name}/{key}",
         fields=fields,
@@ -142,13 +161,18 @@ def _generated(name: str) -> list[KeyedExample]:
     generate = getattr(generators, name)
     examples = {}
     for index in range(NUM_GENERATED):
-        fields, answer, wrong, rationale = generate(stable_random(name, index))
+        rng = stable_random(name, index)
+        fields, answer, wrong, rationale = generate(rng)
         key = " ".join(fields.values())
         examples[key] = _example(name, key, fields, answer, wrong, "generated", rationale)
     return list(examples.items())
 
 
-def _choices(name: str, questions: Iterable[Question], num_wrong: int = 3) -> list[KeyedExample]:
+def _choices(
+    name: str,
+    questions: Iterable[Question],
+    num_wrong: int = 3,
+) -> list[KeyedExample]:
     """Multiple-choice examples; wrong options are other answers of the same split.
 
     Of equal questions only the first is kept, or one could be in two splits.
@@ -158,27 +182,36 @@ def _choices(name: str, questions: Iterable[Question], num_wrong: int = 3) -> li
         distinct.setdefault(question.text, question)
     answers: dict[str, set[str]] = {split: set() for split in SPLITS}
     for question in distinct.values():
-        answers[split_of(question.key)].add(question.answer)
+        split = split_of(question.key)
+        answers[split].add(question.answer)
     pools = {split: sorted(found) for split, found in answers.items()}
     examples = []
     for question in distinct.values():
-        pool = pools[split_of(question.key)]
+        split = split_of(question.key)
+        pool = pools[split]
         wrong = _wrong_options(name, question, pool, num_wrong)
         if len(wrong) == num_wrong:
             key, text, answer, domain = question
-            example = _example(name, text, {"x": text}, answer, wrong, domain)
+            fields = {"x": text}
+            example = _example(name, text, fields, answer, wrong, domain)
             examples.append((key, example))
     return examples
 
 
-def _wrong_options(name: str, question: Question, pool: list[str], count: int) -> list[str]:
+def _wrong_options(
+    name: str,
+    question: Question,
+    pool: list[str],
+    count: int,
+) -> list[str]:
     """Random answers that neither contain the question nor are part of it."""
     others = [answer for answer in pool if answer != question.answer]
     if len(others) < count:
         return []
     rng = stable_random(name, question.text)
+    num_drawn = min(len(others), 4 * count)
     wrong = []
-    for answer in rng.sample(others, min(len(others), 4 * count)):
+    for answer in rng.sample(others, num_drawn):
         if answer not in question.text and question.text not in answer:
             wrong.append(answer)
     return wrong[:count]
@@ -188,19 +221,25 @@ def _summarized(kind: str, shortest: int = 20, longest: int = 100) -> list[Entry
     """Objects of a kind with a short summary that does not contain the name."""
     found: dict[str, Entry] = {}
     for entry in entries():
-        if entry.kind != kind or not 3 < len(entry.name) <= 24:
+        name = entry.name
+        summary = entry.summary
+        if entry.kind != kind or not 3 < len(name) <= 24:
             continue
-        fits = shortest <= len(entry.summary) <= longest
-        revealed = entry.name.lower() in entry.summary.lower()
+        fits = shortest <= len(summary) <= longest
+        revealed = name.lower() in summary.lower()
         if fits and not revealed:
-            found.setdefault(entry.name, entry)
+            found.setdefault(name, entry)
     mixed = sorted(found.values(), key=lambda entry: stable_random(entry.text).random())
     return mixed[:MAX_OBJECTS]
 
 
 def _name_questions(found: list[Entry]) -> list[Question]:
     """Which name belongs to a summary."""
-    return [Question(each.text, each.summary, each.name, each.domain) for each in found]
+    questions = []
+    for entry in found:
+        question = Question(entry.text, entry.summary, entry.name, entry.domain)
+        questions.append(question)
+    return questions
 
 
 def _function_names(name: str) -> list[KeyedExample]:
@@ -218,7 +257,8 @@ def _module_names(name: str) -> list[KeyedExample]:
     for entry in entries():
         if entry.kind == "module" and 15 <= len(entry.summary) <= 100:
             modules.append(entry)
-    return _choices(name, _name_questions(modules[:MAX_OBJECTS]))
+    questions = _name_questions(modules[:MAX_OBJECTS])
+    return _choices(name, questions)
 
 
 def _topic_titles(name: str) -> list[KeyedExample]:
@@ -230,14 +270,19 @@ def _topic_titles(name: str) -> list[KeyedExample]:
     topics_of_text: Counter[str] = Counter()
     for entry in entries():
         if entry.kind == "topic":
-            texts = [" ".join(text.split())[:120] for text in entry.text.split("\n\n")]
+            texts = []
+            for paragraph in entry.text.split("\n\n"):
+                text = " ".join(paragraph.split())
+                texts.append(text[:120])
             paragraphs.append((entry, texts))
             topics_of_text.update(set(texts))
     questions = []
     for entry, texts in paragraphs:
+        title = entry.name[:40]
         own = [text for text in texts if len(text) >= 40 and topics_of_text[text] == 1]
         for text in own[:10]:  # the same number for all, or a few long topics would dominate
-            questions.append(Question(entry.text, text, entry.name[:40], entry.domain))
+            question = Question(entry.text, text, title, entry.domain)
+            questions.append(question)
     return _choices(name, questions)
 
 
@@ -248,7 +293,8 @@ def _sentences(name: str) -> list[KeyedExample]:
         words = re.findall(r"\b[a-z]{5,}\b", entry.summary)
         if words:
             longest_word = max(words, key=len)
-            questions.append(Question(entry.text, longest_word, entry.summary, entry.domain))
+            question = Question(entry.text, longest_word, entry.summary, entry.domain)
+            questions.append(question)
     count = Counter(question.text for question in questions)
     rare = [question for question in questions if count[question.text] == 1]
     return _choices(name, rare)
@@ -261,25 +307,33 @@ def _text_words(name: str) -> list[KeyedExample]:
         text = entry.summary[:150]
         words = re.findall(r"\b[a-z]{4,}\b", text)
         if len(words) > 2:
-            word = stable_random(name, entry.text).choice(words)
-            questions.append(Question(entry.text, text, word, entry.domain))
-    return _choices(name, _in_random_order(questions)[:NUM_GENERATED])
+            rng = stable_random(name, entry.text)
+            word = rng.choice(words)
+            question = Question(entry.text, text, word, entry.domain)
+            questions.append(question)
+    mixed = _in_random_order(questions)
+    return _choices(name, mixed[:NUM_GENERATED])
 
 
 def _gaps(name: str) -> list[KeyedExample]:
     """Which word fills a gap: one that occurs before the gap, unlike the wrong options."""
     questions = []
     for entry in entries():
-        text = " ".join(entry.text.split())[:200]
+        full_text = " ".join(entry.text.split())
+        text = full_text[:200]
         words = re.findall(r"\b[a-z]{5,}\b", text)
-        repeated = [word for word in dict.fromkeys(words) if words.count(word) == 2]
+        repeated = [word for word in words if words.count(word) == 2]
         if entry.kind in ("function", "class") and repeated:
             word = repeated[0]
-            second = text.index(word, text.index(word) + len(word))
-            before, after = text[:second], text[second + len(word) :]
-            hidden = f"{before}___{after}".rpartition(" ")[0]
-            questions.append(Question(entry.text, hidden, word, entry.domain))
-    return _choices(name, _in_random_order(questions)[:MAX_OBJECTS])
+            first_end = text.index(word) + len(word)
+            second_start = text.index(word, first_end)
+            second_end = second_start + len(word)
+            with_gap = f"{text[:second_start]}___{text[second_end:]}"
+            whole_words, _, _ = with_gap.rpartition(" ")
+            question = Question(entry.text, whole_words, word, entry.domain)
+            questions.append(question)
+    mixed = _in_random_order(questions)
+    return _choices(name, mixed[:MAX_OBJECTS])
 
 
 def _in_random_order(questions: list[Question]) -> list[Question]:
@@ -296,7 +350,8 @@ def _owners(name: str) -> list[KeyedExample]:
     for package, functions in sorted(packages.items()):
         # the same number for all, so that no answer is the most frequent one
         for entry in functions[: MAX_OBJECTS // 5]:
-            questions.append(Question(entry.text, entry.name, package, package))
+            question = Question(entry.text, entry.name, package, package)
+            questions.append(question)
     return _choices(name, questions)
 
 
@@ -304,18 +359,24 @@ def _statuses(name: str) -> list[KeyedExample]:
     questions = []
     for status in http.HTTPStatus:
         code = str(status.value)
-        questions.append(Question(code, code, status.phrase, "http"))
+        question = Question(code, code, status.phrase, "http")
+        questions.append(question)
     return _choices(name, questions)
 
 
 def _characters(name: str) -> list[KeyedExample]:
     questions = []
-    for code in chain(range(0x21, 0x250), range(0x370, 0x530), range(0x2190, 0x2300)):
+    latin = range(0x21, 0x250)
+    greek_and_cyrillic = range(0x370, 0x530)
+    arrows_and_operators = range(0x2190, 0x2300)
+    for code in chain(latin, greek_and_cyrillic, arrows_and_operators):
         character = chr(code)
         title = unicodedata.name(character, "")
-        visible = unicodedata.category(character)[0] in "LSP"
+        category = unicodedata.category(character)
+        visible = category[0] in "LSP"  # letters, symbols, punctuation
         if title and visible and len(title) < 60:
-            questions.append(Question(title, title.lower(), character, "unicode"))
+            question = Question(title, title.lower(), character, "unicode")
+            questions.append(question)
     return _choices(name, questions)
 
 
@@ -325,7 +386,9 @@ def _zones(name: str) -> list[KeyedExample]:
     for zone in sorted(zoneinfo.available_timezones()):
         region, _, place = zone.partition("/")
         if region in regions and place and "/" not in place:
-            questions.append(Question(zone, place.replace("_", " "), region, "zones"))
+            city = place.replace("_", " ")
+            question = Question(zone, city, region, "zones")
+            questions.append(question)
     return _choices(name, questions)
 
 
