@@ -27,14 +27,14 @@ def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y
 
 
 def load_entropy(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
-    """Entropy of the load in nats; log E when balanced, 0 when one expert has all."""
+    """Entropy of the load in nats; log E when balanced, 0 when one expert gets all choices."""
     positive_load = np.where(load > 0, load, 1)
     terms = load * np.log(positive_load)
     return -terms.sum(-1)
 
 
 def effective_experts(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
-    """exp of the load entropy: E when balanced, 1 when one expert has all."""
+    """exp of the load entropy: E when balanced, 1 when one expert gets all choices."""
     entropy = load_entropy(load)
     return np.exp(entropy)
 
@@ -47,7 +47,10 @@ def coefficient_of_variation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]
 
 
 def max_violation(load: Float[ndarray, "Y E"]) -> Float[ndarray, "Y"]:
-    """(largest - mean) / mean load (Wang 2024); 0 when balanced, E - 1 when one expert has all."""
+    """(largest - mean) / mean load (Wang 2024).
+
+    0 when balanced, E - 1 when one expert gets all choices.
+    """
     largest = load.max(-1)
     mean = load.mean(-1)
     return largest / mean - 1
@@ -87,7 +90,7 @@ def router_confidence(trace: RouterTrace, stack: str = "encoder") -> Float[ndarr
     return total / np.maximum(num_processed, 1)
 
 
-# key in a row, head of the column, format of a cell
+# key in a row, heading of the column, format of a cell
 _COLUMNS = (
     ("stack", "stack", "{}"),
     ("layer", "layer", "{}"),
@@ -104,7 +107,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class BalanceTable:
-    """One row for each stack and layer; aligned text in print, a table in a notebook."""
+    """One row for each stack and layer; printed as aligned text, shown as a table in a notebook."""
 
     model: str
     num_experts: int
@@ -116,7 +119,7 @@ class BalanceTable:
         return float(entropy)
 
     def _cells(self) -> list[list[str]]:
-        """The table as text, heads first."""
+        """The table as text, headings first."""
         heads = [head for _, head, _ in _COLUMNS]
         cells = [heads]
         for row in self.rows:

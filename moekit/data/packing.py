@@ -98,7 +98,7 @@ class Packer:
 
 @dataclass(frozen=True)
 class Lengths:
-    """A pair of lengths: how full a sample of `examples` packs, and the share truncated."""
+    """A pair of lengths; fill of the rows and share truncated in a sample of `examples`."""
 
     input_length: int
     target_length: int
@@ -129,8 +129,8 @@ def propose_lengths(
 ) -> Lengths:
     """The shortest lengths at which both sides of a source's rows are filled to `full`.
 
-    If there are none, the lengths whose emptier side is fullest, minus the share of examples that
-    are truncated. The first examples of the stream are packed to find out.
+    If there are none, the lengths at which the fill of the emptier side, minus the share of
+    truncated examples, is largest. It is measured by packing the first examples of the stream.
     """
     from tqdm import tqdm
 

@@ -110,7 +110,7 @@ class _Chunks:
         self._length = length
         self._places: list[tuple[int, int]] = []  # document and start of each chunk
         for document, ids in enumerate(tokens):
-            # a tail shorter than a span teaches nothing
+            # a tail no longer than a mean span is left out: too short to learn from
             last_start = len(ids) - int(MEAN_SPAN)
             end = max(1, last_start)
             for start in range(0, end, length):
