@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, UInt32
 
 from moekit.sharding import is_variable, variable_spec
 
@@ -24,7 +24,8 @@ class TrainState:
       params: the parameters, which gradients update.
       rest: other variables of the model (router biases).
       optimizer: optax's state.
-      key: the run's random key; every step folds its number in.
+      key_data: of the run's random key; every step folds its number in. It is the plain array of
+        `jax.random.key_data`, which is saved and sharded as any other.
       position: state of the data stream, by shard of the global batch. It is text, so it is empty
         in the states that compiled programs take and return.
     """
@@ -33,7 +34,7 @@ class TrainState:
     params: nnx.State
     rest: nnx.State
     optimizer: Any
-    key: Key[Array, ""]
+    key_data: UInt32[Array, "..."]
     position: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,15 +85,8 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
     return {
         "model": model,
         "optimizer": optimizer,
-        "progress": {"step": state.step, "key": _key_data(state.key)},
+        "progress": {"step": state.step, "key": state.key_data},
     }
-
-
-def _key_data(key: Any) -> Any:
-    if isinstance(key, jax.ShapeDtypeStruct):
-        data = jax.eval_shape(jax.random.key_data, key)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
-    return jax.random.key_data(key)
 
 
 def state_from_items(
@@ -104,13 +98,12 @@ def state_from_items(
     nnx.replace_by_pure_dict(model, items["model"])
     params, rest = nnx.split_state(model, nnx.Param, ...)
     leaves = [items["optimizer"][str(number)] for number in range(len(items["optimizer"]))]
-    key = jax.random.wrap_key_data(items["progress"]["key"])
     return TrainState(
         step=items["progress"]["step"],
         params=params,
         rest=rest,
         optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), leaves),
-        key=jax.device_put(key, abstract.key.sharding),
+        key_data=items["progress"]["key"],
         position=position,
     )
 

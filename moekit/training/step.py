@@ -178,7 +178,7 @@ class Step(NamedTuple):
     """A compiled training step.
 
     Args:
-      init: (parameters, key) -> (step 0, optimizer state, key).
+      init: (parameters, key) -> (step 0, optimizer state, data of the key).
       update: (state, batch) -> (next state, report). The memory of the state is donated to the
         next one; the position of both is empty.
       state: shapes, types and shardings of the state.
@@ -194,8 +194,8 @@ class Step(NamedTuple):
         It contains the arrays given, whose memory `update` donates: pass copies to keep them.
         """
         seed_key = jax.random.key(seed)
-        step, optimizer_state, key = self.init(params, seed_key)
-        return TrainState(step, params, rest, optimizer_state, key)
+        step, optimizer_state, key_data = self.init(params, seed_key)
+        return TrainState(step, params, rest, optimizer_state, key_data)
 
 
 def compiled_step(model: EncoderDecoder, config: TrainConfig) -> Step:
@@ -238,8 +238,8 @@ def _compiled_step(
     optimizer = make_optimizer(config, params)
     init = make_init(optimizer)
     update = make_update(graphdef, optimizer, config)
-    step, optimizer_state, key = jax.eval_shape(init, params, jax.random.key(0))
-    shapes = TrainState(step, params, rest, optimizer_state, key)
+    step, optimizer_state, key_data = jax.eval_shape(init, params, jax.random.key(0))
+    shapes = TrainState(step, params, rest, optimizer_state, key_data)
     if mesh is None:
         shapes = with_shardings(shapes, replicated(None))
         compiled_update = jax.jit(update, donate_argnums=0)
@@ -249,7 +249,7 @@ def _compiled_step(
     # explicit out_shardings, so that outputs reuse the donated buffers
     compiled_init = jax.jit(
         init,
-        out_shardings=(shardings.step, shardings.optimizer, shardings.key),
+        out_shardings=(shardings.step, shardings.optimizer, shardings.key_data),
     )
     compiled_update = jax.jit(
         update,
@@ -267,7 +267,7 @@ def make_init(optimizer: optax.GradientTransformation) -> Init:
     def init(params: nnx.State, key: Key[Array, ""]) -> tuple[Array, Any, Array]:
         first_step = jnp.zeros((), jnp.int32)
         optimizer_state = optimizer.init(params)
-        return first_step, optimizer_state, key
+        return first_step, optimizer_state, jax.random.key_data(key)
 
     return init
 
@@ -283,7 +283,8 @@ def make_update(
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
         params = state.params
         rest = state.rest
-        key = jax.random.fold_in(state.key, state.step)
+        run_key = jax.random.wrap_key_data(state.key_data)
+        key = jax.random.fold_in(run_key, state.step)
         gradients, (report, stats) = loss_gradient(params, rest, graphdef, batch, key, config)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
         params = optax.apply_updates(params, updates)
@@ -311,7 +312,7 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
         params=model_shardings(shapes.params, mesh),
         rest=model_shardings(shapes.rest, mesh),
         optimizer=optimizer_shardings,
-        key=replicated(mesh),
+        key_data=replicated(mesh),
     )
 
 
