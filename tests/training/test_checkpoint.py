@@ -126,8 +126,6 @@ def cut_metadata(folder: Path) -> None:
     path.write_text(path.read_text()[:5])
 
 
-# reads that orbax started in the background may end after the error has closed its event loop
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_arrays, remove_arrays, cut_metadata])
 def test_damage_is_named(tmp_path, damage):
     model = small_model()
