@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -146,12 +147,16 @@ def _compile(request: PlanRequest) -> Plan:
     try:
         compiled = lowered.compile(compiler_options=_compiler_options(request.num_chips))
     except jax.errors.JaxRuntimeError as error:
-        gib_needed = _memory_needed(error)
-        return _plan_without_times(request, gib_needed, time.perf_counter() - start)
+        memory_gib = {"total": _memory_needed(error)}
+        compile_seconds = time.perf_counter() - start
+        return _plan_without_times(request, memory_gib, False, compile_seconds)
     compile_seconds = time.perf_counter() - start
     memory_kinds = _memory_kinds(compiled)
-    cost = _read_cost(request, compiled, mesh)
-    return _plan_with_times(request, memory_kinds, cost, compile_seconds)
+    total_gib = round(sum(memory_kinds.values()), 3)
+    memory_gib = {"total": total_gib, **memory_kinds}
+    fits = total_gib <= request.chip.hbm_gib
+    plan = _plan_without_times(request, memory_gib, fits, compile_seconds)
+    return _with_times(plan, request, _read_cost(request, compiled, mesh))
 
 
 def _slice_mesh(request: PlanRequest) -> Mesh:
@@ -242,8 +247,10 @@ def _read_cost(request: PlanRequest, compiled: jax.stages.Compiled, mesh: Mesh) 
     return program_cost(text, mesh, request.chip, link_seconds(mesh, request.chip))
 
 
-def _plan_without_times(request: PlanRequest, gib_needed: float, compile_seconds: float) -> Plan:
-    """The plan of a program for which the compiler found no room."""
+def _plan_without_times(
+    request: PlanRequest, memory_gib: dict[str, float], fits: bool, compile_seconds: float
+) -> Plan:
+    """What is known of every program, also of one for which the compiler found no room."""
     return Plan(
         preset=request.cfg.name,
         topology=request.topology,
@@ -254,21 +261,18 @@ def _plan_without_times(request: PlanRequest, gib_needed: float, compile_seconds
         optimizer=request.optimizer,
         remat=request.remat,
         parameters=request.cfg.num_parameters().total,
-        hbm_gib_per_chip={"total": gib_needed},
+        hbm_gib_per_chip=memory_gib,
         hbm_limit_gib=float(request.chip.hbm_gib),
-        fits=False,
+        fits=fits,
         advice=_memory_advice(request),
         compile_seconds=round(compile_seconds, 1),
         host_gib=_host_gib(),
     )
 
 
-def _plan_with_times(
-    request: PlanRequest, memory_kinds: dict[str, float], cost: Cost, compile_seconds: float
-) -> Plan:
+def _with_times(plan: Plan, request: PlanRequest, cost: Cost) -> Plan:
+    """The plan of a compiled program, from its cost."""
     chip = request.chip
-    total_gib = round(sum(memory_kinds.values()), 3)
-    fits = total_gib <= chip.hbm_gib
     # no time is shorter than that of the memory traffic
     compute_seconds = max(cost.seconds, cost.hbm_bytes / chip.hbm_bandwidth)
     low = max(compute_seconds, cost.interconnect_seconds)
@@ -280,27 +284,11 @@ def _plan_with_times(
         "memory": compute_seconds - cost.matmul_seconds,
         "interconnect": cost.interconnect_seconds,
     }
-    if fits:
+    if plan.fits:
         bottleneck = max(split, key=split.get)
-        advice = time_advice(request, cost, bottleneck)
-    else:
-        bottleneck = "memory"
-        advice = _memory_advice(request)
-    return Plan(
-        preset=request.cfg.name,
-        topology=request.topology,
-        mesh=request.axes,
-        batch=request.batch,
-        input_length=request.input_length,
-        target_length=request.target_length,
-        optimizer=request.optimizer,
-        remat=request.remat,
-        parameters=request.cfg.num_parameters().total,
-        hbm_gib_per_chip={"total": total_gib, **memory_kinds},
-        hbm_limit_gib=float(chip.hbm_gib),
-        fits=fits,
-        advice=advice,
-        compile_seconds=round(compile_seconds, 1),
+        plan = replace(plan, bottleneck=bottleneck, advice=time_advice(request, cost, bottleneck))
+    return replace(
+        plan,
         host_gib=_host_gib(),
         estimate_kind=ESTIMATE,
         step_seconds=[low, high],
@@ -310,7 +298,6 @@ def _plan_with_times(
         flops=flops,
         hbm_bytes=cost.hbm_bytes,
         collectives=_collective_rows(cost),
-        bottleneck=bottleneck,
         heaviest=_heaviest_rows(cost),
     )
 

@@ -6,10 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from moekit.analysis.plots import plot_plan
-
 NO_ESTIMATE = "none: the compiler stopped where memory ran out"
 ESTIMATE = (
     "an estimate, not a measurement: the low bound assumes that communication fully overlaps with "
@@ -66,8 +62,11 @@ class Plan:
         """A plan recorded by `moekit plan --json`."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
-    def plot(self) -> Figure:
+    def plot(self) -> Any:
         """Memory by kind beside the chip's limit, step time by kind, bytes sent by collective."""
+        # matplotlib takes a second to load, and every compiling child process loads this module
+        from moekit.analysis.plots import plot_plan
+
         memory = {kind: gib for kind, gib in self.hbm_gib_per_chip.items() if kind != "total"}
         return plot_plan(
             title=f"{self.preset} on {self.topology}, remat {self.remat}",

@@ -34,32 +34,27 @@ def sweep(
     Raises:
       ValueError: unknown names; nothing divides the batch.
     """
-    names_a_slice = ":" in topology
-    if names_a_slice:
-        request = PlanRequest(
+
+    def request_for(slice_topology: str, mesh: dict[str, int]) -> PlanRequest:
+        return PlanRequest(
             cfg=cfg,
-            topology=topology,
+            topology=slice_topology,
+            mesh=mesh,
             batch=batch,
             input_length=input_length,
             target_length=target_length,
             optimizer=optimizer,
             remat=remat,
         )
-        requests = list(mesh_requests(request))
+
+    names_a_slice = ":" in topology
+    if names_a_slice:
+        requests = list(mesh_requests(request_for(topology, {})))
     else:
         requests = []
         for slice_topology in _slices_with_room(cfg, topology, batch):
-            request = PlanRequest(
-                cfg=cfg,
-                topology=slice_topology,
-                mesh={"expert": largest_expert_axis(cfg, _num_chips(slice_topology))},
-                batch=batch,
-                input_length=input_length,
-                target_length=target_length,
-                optimizer=optimizer,
-                remat=remat,
-            )
-            requests.append(request)
+            expert_axis = largest_expert_axis(cfg, _num_chips(slice_topology))
+            requests.append(request_for(slice_topology, {"expert": expert_axis}))
     if not requests:
         raise ValueError(
             f"no mesh or slice of {topology} divides a batch of {batch} rows and holds "
