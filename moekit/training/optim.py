@@ -14,7 +14,7 @@ from moekit.config import TrainConfig
 from moekit.sharding import is_variable, variable_spec
 
 MIN_FACTORED_SIZE = 128  # a matrix with a smaller side keeps all its second moments
-BATCH_AXES = ("layers", "expert")  # logical axes along which every slice is updated by itself
+STACKED_AXES = ("layers", "expert")  # logical axes along which every slice is updated by itself
 NOT_DECAYED = {"scale_d", "bias_bn"}  # norms and position biases have no weight decay
 Path = tuple[Any, ...]  # of jax.tree_util: the keys from the root of a tree to a leaf
 # the components that the path of a parameter must have to belong to a part of the model
@@ -77,7 +77,7 @@ def matrix_view(parameter: nnx.Variable, mesh: Mesh | None = None) -> MatrixView
     spec = [None] * len(shape)
     if mesh is not None:
         spec = list(variable_spec(parameter, mesh))
-    num_batch_dims = sum(axis in BATCH_AXES for axis in axes)
+    num_batch_dims = sum(axis in STACKED_AXES for axis in axes)
     is_attention_kernel = "heads" in axes and "embed" in axes
     if is_attention_kernel:
         heads = axes.index("heads")
