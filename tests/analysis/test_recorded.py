@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from moekit.analysis import plots
-from moekit.analysis.recorded import figures
+from moekit.analysis.recorded import PRETRAINED_MODELS, figures, seed_losses
 
 RECORD = Path(__file__).parents[2] / "assets/results/mirror-mini-seed0.json"
 
@@ -80,3 +81,29 @@ def test_text_that_is_no_json(tmp_path):
     (tmp_path / "cut.json").unlink()
     with pytest.raises(FileNotFoundError, match="`moekit study` makes one"):
         figures(tmp_path, tmp_path)
+
+
+def test_the_changelog_reports_the_recorded_losses():
+    """Its numbers are means and standard errors of the recorded seeds."""
+    root = RECORD.parents[2]
+    changelog = (root / "CHANGELOG.md").read_text()
+    record = json.loads((RECORD.parent / "premise-nano-seeds.json").read_text())
+    after_short_run = seed_losses(record, step=1332)
+    for variant, name in (
+        ("dense", "dense"),
+        ("switch", "switch"),
+        ("nodrop", "switch without dropped tokens"),
+        ("top2", "top-2 of half width"),
+        ("st", "st"),
+    ):
+        losses = np.array(after_short_run[PRETRAINED_MODELS[variant]])
+        error = losses.std(ddof=1) / np.sqrt(len(losses))
+        stated = re.search(rf"([\d.]+) \((?:standard error )?([\d.]+)\) {name}[,.]", changelog)
+        assert stated is not None, name
+        assert float(stated[1]) == pytest.approx(losses.mean(), abs=5e-4)
+        assert float(stated[2]) == pytest.approx(error, abs=5e-4)
+    one_expert = np.mean(after_short_run[PRETRAINED_MODELS["one"]])
+    assert f"trains to the same loss ({one_expert:.3f})" in changelog
+    dense = np.mean(after_short_run[PRETRAINED_MODELS["dense"]])
+    wide = np.mean(after_short_run[PRETRAINED_MODELS["wide"]])
+    assert f"gains only {dense - wide:.3f} nats" in changelog
