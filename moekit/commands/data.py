@@ -171,7 +171,7 @@ def fetch(
 
 
 def _confirmed() -> bool:
-    """Whether the user agrees; a program that cannot be asked does not."""
+    """Whether the user agrees; without a terminal the answer is no."""
     if not sys.stdin.isatty():
         return False
     return input("fetch? [y/N] ").strip().lower().startswith("y")

@@ -47,8 +47,8 @@ class DataStatistics:
 
     def to_dict(self) -> dict:
         """`row()` with "tasks" and "clusters": name to sums, of those that occurred."""
-        tasks: dict[str, Int[np.ndarray, columns]] = {}
-        clusters: dict[str, Int[np.ndarray, columns]] = {}
+        tasks: dict[str, np.ndarray] = {}
+        clusters: dict[str, np.ndarray] = {}
         for (task, cluster), sums in zip(self.labels, self.table, strict=True):
             if sums[0]:
                 tasks[task] = tasks.get(task, 0) + sums

@@ -95,7 +95,7 @@ def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
 
 
 def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
-    """The suites of a comma-separated list; "paper" stands for those of its average."""
+    """The suites of a comma-separated list; "paper" names the four of its average."""
     listed = ",".join(PAPER) if names == "paper" else names
     return [suite(name.strip(), data_dir=data_dir) for name in listed.split(",")]
 

@@ -62,7 +62,7 @@ class Overview:
         return [_total(rows, submixture, cluster) for (submixture, cluster), rows in groups.items()]
 
     def for_run(self, tokens: int | float = 0) -> "Overview":
-        """The same mixture in a run of so many tokens, inputs and targets; default one epoch."""
+        """The summary for a run of `tokens` input and target tokens; default one epoch."""
         run_tokens = tokens or self.epoch_tokens
         num_prompts = run_tokens / self.total.tokens
         rows = []
