@@ -220,8 +220,11 @@ def dataset_task(dataset: DataSet, access: Access) -> Task | None:
 def copy_task(dataset: DataSet, copy: Copy, access: Access) -> Task:
     """One copy of a set as a task."""
     examples = DataSetExamples(dataset, copy, access)
-    free = "exact_match" if dataset.templates == "question" else "rouge_l"
-    splits = tuple(split for split in SPLITS if split in copy.splits or examples.cut(split))
+    text_metric = "exact_match" if dataset.templates == "question" else "rouge_l"
+    splits = []
+    for split in SPLITS:
+        if split in copy.splits or examples.is_cut_from_train(split):
+            splits.append(split)
     inverted = ()
     if dataset.inverted:
         inverted = templates(dataset.inverted, target="{question}")
@@ -231,8 +234,8 @@ def copy_task(dataset: DataSet, copy: Copy, access: Access) -> Task:
         load=examples,
         templates=templates(dataset.templates),
         inverted=inverted,
-        metric="accuracy" if dataset.has_options else free,
-        splits=splits,
+        metric="accuracy" if dataset.has_options else text_metric,
+        splits=tuple(splits),
         origin=examples.digest,
         held_out=not dataset.group,
         sources=(dataset.name,),
@@ -257,20 +260,20 @@ class DataSetExamples:
     copy: Copy
     access: Access
 
-    def cut(self, split: str) -> bool:
+    def is_cut_from_train(self, split: str) -> bool:
         """Whether a split is a part of the training rows, by position."""
         if not self.dataset.group or split == "test":
             return False
         return "train" in self.copy.splits and "valid" not in self.copy.splits
 
     def __call__(self, split: str) -> Sequence[Example]:
-        cut = self.cut(split)
-        found = self._read("train" if cut else split)
-        if not cut:
-            return found
-        if isinstance(found, Rows):
-            return found.select(every_twentieth(np.arange(len(found)), split))
-        return [found[index] for index in every_twentieth(np.arange(len(found)), split)]
+        if not self.is_cut_from_train(split):
+            return self._read(split)
+        training_rows = self._read("train")
+        positions = every_twentieth(np.arange(len(training_rows)), split)
+        if isinstance(training_rows, Rows):
+            return training_rows.select(positions)
+        return [training_rows[position] for position in positions]
 
     def digest(self) -> str:
         """Names the rows: the content of their files, or repository, rows and bytes."""
