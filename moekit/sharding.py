@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from moekit.versions import to_varying, varying_axes
+
 MESH_AXES = ("data", "expert", "model")
 BATCH_AXES = ("data", "expert")
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
@@ -338,14 +340,8 @@ def with_gathered_parameters(
     return sharded(x, *values)
 
 
-def varying_axes(x: Array) -> frozenset[str]:
-    """The mesh axes over which an array inside shard_map differs between devices."""
-    array_type = jax.typeof(x)
-    return frozenset(array_type.manual_axis_type.varying)
-
-
 def cast_varying(x: Array, axes: Iterable[str]) -> Array:
-    """Cast a replicated array to device-varying over `axes` (jax.lax.pcast).
+    """Cast a replicated array to device-varying over `axes`.
 
     The gradient is psummed over these axes here, and nowhere later.
     """
@@ -353,4 +349,4 @@ def cast_varying(x: Array, axes: Iterable[str]) -> Array:
     missing = tuple(axis for axis in axes if axis not in already_varying)
     if not missing:
         return x
-    return jax.lax.pcast(x, missing, to="varying")
+    return to_varying(x, missing)

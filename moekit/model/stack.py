@@ -25,6 +25,7 @@ from moekit.model.relative_bias import Bias, RelativeBias
 from moekit.moe.layer import MoE
 from moekit.moe.stats import LayerStats, TokenRouting
 from moekit.sharding import constrain_batch, platform
+from moekit.versions import ModuleList
 
 # rematerialization policies: what the forward pass saves of each layer ("none": everything)
 REMAT_POLICIES = {
@@ -249,7 +250,7 @@ class Stack(nnx.Module):
         num_sparse = cfg.moe_layers(name)
         self.num_blocks = num_sparse or num_layers
         self.layers_per_block = num_layers // self.num_blocks
-        self.blocks = nnx.List([])
+        self.blocks = ModuleList([])
         for index in range(self.layers_per_block):
             is_last = index == self.layers_per_block - 1
             sparse = num_sparse > 0 and is_last
@@ -279,7 +280,7 @@ class Stack(nnx.Module):
             shape = (self.num_blocks, self.layers_per_block)
             layer_keys = jax.random.split(layers_key, shape)
 
-        def block(layers: nnx.List, x: Array, inputs: tuple[Any, Array]) -> tuple[Array, Routed]:
+        def block(layers: ModuleList, x: Array, inputs: tuple[Any, Array]) -> tuple[Array, Routed]:
             keys, block_index = inputs
             table = context.bias.table
             routed = None

@@ -23,6 +23,7 @@ from moekit.model.layers import float32_logits
 from moekit.model.stack import Context, Stack, split_key
 from moekit.moe.stats import LayerStats, TokenRouting
 from moekit.sharding import check_mesh, param, use_mesh, with_gathered_parameters
+from moekit.versions import ModuleList
 
 Method = TypeVar("Method", bound=Callable)
 KeysValues = tuple[Array, Array]  # stacked over the layers of a block
@@ -175,7 +176,7 @@ class EncoderDecoder(nnx.Module):
     def start_cache(self, encoded: Encoded, length: int) -> Cache:
         """An empty cache for up to `length` decoded tokens of each example."""
 
-        def block(layers: nnx.List, states: Array, _: None) -> tuple[Array, KeysValues]:
+        def block(layers: ModuleList, states: Array, _: None) -> tuple[Array, KeysValues]:
             keys = []
             values = []
             for layer in layers:
@@ -215,7 +216,7 @@ class EncoderDecoder(nnx.Module):
             step=cache.step,
         )
 
-        def block(layers: nnx.List, x: Array, caches: LayerCache) -> tuple[Array, KeysValues]:
+        def block(layers: ModuleList, x: Array, caches: LayerCache) -> tuple[Array, KeysValues]:
             keys = []
             values = []
             for index, layer in enumerate(layers):

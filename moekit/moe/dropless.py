@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 from moekit.moe.capacity import gather_rows
 from moekit.moe.expert_parallel import ExpertParallel
 from moekit.moe.routing import OptionalKey, Routing
-from moekit.sharding import cast_varying, varying_axes
+from moekit.sharding import cast_varying
+from moekit.versions import varying_axes
 
 
 @no_type_check  # a pytree: see Routing

@@ -30,6 +30,7 @@ from moekit.sharding import (
     is_variable,
     platform,
 )
+from moekit.versions import psum
 
 
 class ParameterLayout(NamedTuple):
@@ -180,7 +181,7 @@ class ExpertParallel:
 
     def psum(self, tree: Any, *axes: str) -> Any:
         """The sum over all devices along some mesh axes."""
-        return tree if self.mesh is None else jax.lax.psum(tree, axes)
+        return tree if self.mesh is None else psum(tree, axes)
 
     def cast_varying(self, tree: Any, *axes: str) -> Any:
         """Cast replicated arrays to device-varying; their gradients are psummed here.
