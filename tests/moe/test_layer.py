@@ -60,6 +60,12 @@ def inputs(padding=5):
     return x, mask, ids
 
 
+@nnx.jit
+def apply(moe, *inputs, **settings):
+    """The layer as one program: one by one, its operations are compiled as often."""
+    return moe(*inputs, **settings)
+
+
 def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -132,7 +138,7 @@ def test_appended_padding_changes_nothing():
 
 def test_all_padding_is_finite_and_counts_nothing():
     moe = layer(TopK(k=2))
-    y, stats, routing = moe(jnp.full((1, 4, D), jnp.nan), jnp.zeros((1, 4), bool))
+    y, stats, routing = apply(moe, jnp.full((1, 4, D), jnp.nan), jnp.zeros((1, 4), bool))
     assert (y == 0).all() and (routing.expert == -1).all()
     assert stats.tokens == 0 and stats.load.sum() == 0 and stats.dropped_tokens == 0
     assert stats.balance_loss() == 0 and stats.router_z_loss() == 0
@@ -143,7 +149,7 @@ def test_permuting_tokens_permutes_outputs_when_nothing_is_dropped():
     x, _, _ = inputs()
     order = jax.random.permutation(jax.random.key(4), 10)
     x = x[:1]
-    np.testing.assert_allclose(moe(x[:, order])[0], moe(x)[0][:, order], atol=1e-6)
+    np.testing.assert_allclose(apply(moe, x[:, order])[0], apply(moe, x)[0][:, order], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +160,12 @@ def test_tokens_may_have_any_leading_dimensions(shape):
     num_tokens = int(np.prod(shape))
     x = jax.random.normal(jax.random.key(1), (*shape, D))
     mask = jnp.arange(num_tokens).reshape(shape) % 5 < 4
-    y, stats, routing = moe(x, mask)
+    y, stats, routing = apply(moe, x, mask)
     assert y.shape == x.shape and routing.entropy.shape == shape
     assert routing.expert.shape == routing.weight.shape == routing.kept.shape == (*shape, 2)
     assert stats.tokens == mask.sum()
-    flat_y, flat_stats, flat_routing = moe(x.reshape(num_tokens, D), mask.reshape(-1))
+    flat = x.reshape(num_tokens, D), mask.reshape(-1)
+    flat_y, flat_stats, flat_routing = apply(moe, *flat)
     assert_equal(flat_stats, stats)
     assert_equal(flat_y, y.reshape(num_tokens, D))
     assert_equal(flat_routing.expert, routing.expert.reshape(num_tokens, 2))
@@ -196,7 +203,7 @@ def test_arguments_are_checked(changes, message):
 def test_an_evaluation_capacity_of_its_own_is_used():
     x, _, _ = inputs()
     small = layer(Switch(), capacity_factor=8.0, eval_capacity_factor=0.1)
-    assert small(x)[1].dropped_tokens > 0
+    assert apply(small, x)[1].dropped_tokens > 0
 
 
 def test_inputs_are_checked():
@@ -210,7 +217,7 @@ def test_inputs_are_checked():
 def test_drops_are_counted_for_every_choice():
     moe = layer(TopK(k=2), capacity_factor=0.5)  # without k: 16 tokens, 2 slots for each expert
     x = jax.random.normal(jax.random.key(1), (1, 16, D))
-    y, stats, routing = moe(x)
+    y, stats, routing = apply(moe, x)
     kept = np.asarray(routing.kept)
     assert stats.load.sum() == 32 and stats.kept.sum() == kept.sum() <= 8
     assert stats.dropped_assignments == 32 - kept.sum()
@@ -222,8 +229,8 @@ def test_drops_are_counted_for_every_choice():
 def test_statistics_are_sums_over_groups():
     moe = layer(TopK(k=2), group_size=15, capacity_factor=8.0)
     x, _, _ = inputs()
-    total = moe(x)[1]
-    halves = [moe(half)[1] for half in x.reshape(2, 15, D)]
+    total = apply(moe, x)[1]
+    halves = [apply(moe, half)[1] for half in x.reshape(2, 15, D)]
     assert_close(jax.tree.map(jnp.add, *halves), total)
 
 
@@ -244,12 +251,12 @@ def test_balance_loss_is_k_at_balance_and_experts_at_collapse():
     moe = layer(TopK(k=1), capacity_factor=8.0)
     x = jnp.ones((1, 8, D))
     moe.router.w_de[...] = jnp.zeros((D, E)).at[:, 2].set(10.0)
-    stats = moe(x)[1]
+    stats = apply(moe, x)[1]
     np.testing.assert_allclose(stats.balance_loss(), E, rtol=1e-4)
     np.testing.assert_array_equal(stats.load, [0, 0, 8, 0])
     uniform = layer(TopK(k=2), capacity_factor=8.0)
     uniform.router.w_de[...] = jnp.zeros((D, E))
-    stats = uniform(x)[1]
+    stats = apply(uniform, x)[1]
     np.testing.assert_allclose(stats.balance_loss(), 2, rtol=1e-5)
     np.testing.assert_allclose(stats.router_z_loss(), np.log(E) ** 2, rtol=1e-5)
 
@@ -257,9 +264,9 @@ def test_balance_loss_is_k_at_balance_and_experts_at_collapse():
 def test_training_uses_its_own_capacity_and_expert_dropout():
     moe = layer(Switch(), capacity_factor=1.0, eval_capacity_factor=8.0, expert_dropout=0.5)
     x, _, _ = inputs()
-    y, stats, _ = moe(x, key=jax.random.key(0))
-    assert stats.dropped_tokens > 0 == moe(x)[1].dropped_tokens
-    other_y, _, _ = moe(x, key=jax.random.key(1))
+    y, stats, _ = apply(moe, x, key=jax.random.key(0))
+    assert stats.dropped_tokens > 0 == apply(moe, x)[1].dropped_tokens
+    other_y, _, _ = apply(moe, x, key=jax.random.key(1))
     assert not np.allclose(y, other_y)
     np.testing.assert_array_equal(moe(x, drop=False)[1].dropped_tokens, 0)
 
@@ -290,7 +297,8 @@ def loudest(logits, mask, *, capacity, limit=None, **_):
 
 def test_a_function_is_a_router():
     x, mask, _ = inputs()
-    np.testing.assert_allclose(layer(loudest)(x, mask)[0], layer(Switch())(x, mask)[0], atol=1e-6)
+    y, expected = (apply(layer(router), x, mask)[0] for router in (loudest, Switch()))
+    np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
 def test_a_router_that_the_layer_cannot_call_is_refused():
@@ -346,4 +354,4 @@ def test_what_a_router_returns_is_checked(change, message):
         return Routing(**fields)
 
     with pytest.raises(ValueError, match=f"router broken.*{message}"):
-        layer(broken)(jnp.ones((6, D)))
+        apply(layer(broken), jnp.ones((6, D)))
