@@ -5,12 +5,11 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from moekit import __version__
-from moekit.data.batch import tokenize_prompt
 from moekit.data.shuffle import shuffled_index, window_shuffle
 from moekit.data.summary import MixtureRow, Overview
 from moekit.data.tasks import (
@@ -23,6 +22,9 @@ from moekit.data.tasks import (
     stable_random,
 )
 from moekit.data.tokenizer import ByteTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    import grain
 
 _WINDOW = 8192  # examples within which the mixture is shuffled
 NUM_SAMPLED = 16  # prompts of a task whose tokens are counted for `describe`
@@ -118,7 +120,7 @@ class Mixture:
         shuffle: bool = True,
         repeat: bool = True,
         fits: Callable[[Prompt], bool] | None = None,
-    ) -> grain.MapDataset:
+    ) -> "grain.MapDataset":
         """A grain dataset of (index of the task, prompt), with random access.
 
         Each task is read in its own random order, epoch after epoch, and the tasks are mixed by
@@ -128,6 +130,8 @@ class Mixture:
         Raises:
           ValueError: a task has no examples in this split.
         """
+
+        import grain  # which takes a second
 
         def random_seed(name: str) -> int:
             return stable_random(seed, name).getrandbits(32)
@@ -171,7 +175,7 @@ class Mixture:
         split: str = "train",
         shuffle: bool = True,
         repeat: bool = True,
-    ) -> grain.MapDataset:
+    ) -> "grain.MapDataset":
         """Prompts as a grain dataset of token ids: the dicts of `tokenize_prompt` with "task", the
         index of the example's label."""
         tokenize = _Tokenize(tokenizer, input_length, target_length)
@@ -227,6 +231,8 @@ class _Tokenize:
         return len(self.tokenizer.encode(prompt.input)) < self.input_length
 
     def __call__(self, drawn: tuple[int, Prompt]) -> dict:
+        from moekit.data.batch import tokenize_prompt  # with jax
+
         task, prompt = drawn
         pair = tokenize_prompt(
             prompt,

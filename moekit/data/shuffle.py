@@ -1,10 +1,13 @@
 """Random orders that are a function of seed and position, so that a stream can start anywhere."""
 
 import functools
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 from jaxtyping import Int
+
+if TYPE_CHECKING:
+    import grain
 
 _SMALL = 2**13  # up to this number of examples, their order is kept in memory
 
@@ -41,18 +44,22 @@ def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_order(seed: int, size: int) -> grain.MapDataset:
+def _global_order(seed: int, size: int) -> "grain.MapDataset":
+    import grain
+
     indices = grain.MapDataset.range(size)
     return indices.shuffle(seed)
 
 
 def window_shuffle(
-    dataset: grain.MapDataset,
+    dataset: "grain.MapDataset",
     *,
     size: int,
     seed: int,
-) -> grain.MapDataset:
+) -> "grain.MapDataset":
     """An endless dataset whose windows of `size` elements are each in random order."""
+    import grain
+
     indices = grain.MapDataset.range(size)
     places = indices.shuffle(seed).repeat()
     element_at = functools.partial(_element_of_window, dataset, size)
@@ -60,7 +67,7 @@ def window_shuffle(
 
 
 def _element_of_window(
-    dataset: grain.MapDataset,
+    dataset: "grain.MapDataset",
     size: int,
     position: int,
     place: int,

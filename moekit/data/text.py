@@ -4,14 +4,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 from jaxtyping import Int
 
 from moekit.data.shuffle import shuffled_index
 from moekit.data.span_corruption import MEAN_SPAN, chunk_length, span_corruption
 from moekit.data.tokenizer import EOS, Tokenizer
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class Corpus:
         split: str = "train",
         shuffle: bool = True,
         repeat: bool = True,
-    ) -> grain.MapDataset:
+    ) -> "grain.MapDataset":
         """Corrupted chunks as a grain dataset of {"inputs", "targets"}, end of sequence included,
         with "task", the index of the domain's label, and "truncated", which is 0.
 
         Every document is divided into chunks whose corrupted inputs just fill input_length. Spans
         are drawn anew in each epoch.
         """
+        import grain  # which takes a second
+
         length = chunk_length(input_length, target_length)
         chunks = _chunks(self, split, tokenizer, length)
         num_chunks = len(chunks)

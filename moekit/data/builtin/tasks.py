@@ -11,10 +11,10 @@ import re
 import unicodedata
 import zoneinfo
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
 
 from moekit.data.builtin import generators
 from moekit.data.builtin.entries import Entry, entries, sources_digest, split_of
@@ -69,7 +69,7 @@ def builtin_tasks() -> dict[str, Task]:
         tasks[name] = Task(
             name=name,
             cluster=cluster,
-            load=partial(_load, name),
+            load=partial(_Examples, name),
             templates=tuple(task_templates),
             inverted=inverted,
             held_out=cluster in HELD_OUT,
@@ -77,7 +77,47 @@ def builtin_tasks() -> dict[str, Task]:
     return tasks
 
 
-def _load(name: str, split: str) -> list[Example]:
+class _Examples(Sequence):
+    """The examples of a split, read from the cache when the first of them is needed.
+
+    A mixture of all tasks only needs their sizes, and a sample of it a few tasks.
+    """
+
+    def __init__(self, task: str, split: str):
+        self._task, self._split = task, split
+
+    def __len__(self) -> int:
+        return _sizes()[self._task][self._split]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Example | tuple[Example, ...]:
+        return _load(self._task, self._split)[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(_load(self._task, self._split))
+
+
+@lru_cache(maxsize=1)
+def _sizes() -> dict[str, dict[str, int]]:
+    """The number of examples of every task and split."""
+    return cached_json(f"builtin-{sources_digest()}/sizes", _count_all)
+
+
+def _count_all() -> dict[str, dict[str, int]]:
+    sizes = {}
+    for name in TEMPLATES["builtin"]:
+        by_split = _all_rows(name)
+        sizes[name] = {split: len(rows) for split, rows in by_split.items()}
+    return sizes
+
+
+@lru_cache(maxsize=256)
+def _load(name: str, split: str) -> tuple[Example, ...]:
     """The examples of a split: made once for each installation, then read from the cache."""
     rows = _all_rows(name)
     examples = []
@@ -91,7 +131,7 @@ def _load(name: str, split: str) -> list[Example]:
             domain=domain,
         )
         examples.append(example)
-    return examples
+    return tuple(examples)
 
 
 @lru_cache(maxsize=64)
