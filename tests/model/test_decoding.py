@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import moekit as mk
+from moekit.model import decoding
 from moekit.model.batching import encode_inputs
-from moekit.model.decoding import generate_ids
+from moekit.model.decoding import CHUNK, generate_ids
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,72 @@ def test_answers_end_at_the_end_of_sequence(model):
         assert row.shape == (8,)
         after = np.cumsum(row == 1) - (row == 1)  # ends of sequence before each position
         assert not row[after > 0].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_streamed_pieces_join_to_the_answer(model, temperature):
+    settings = dict(max_new_tokens=3 * CHUNK + 1, temperature=temperature, seed=3)
+    answer = mk.generate(model, "What is 3 + 4?", **settings)
+    pieces = mk.generate(model, "What is 3 + 4?", stream=True, **settings)
+    assert iter(pieces) is pieces
+    assert "".join(pieces) == answer
+
+
+def test_chunks_share_one_program(model):
+    settings = dict(max_new_tokens=5 * CHUNK, temperature=2.0)
+    decoding._compiled.cache_clear()
+    mk.generate(model, "a", **settings)
+    assert "".join(mk.generate(model, "b", stream=True, **settings))
+    mk.generate(model, "c", stop="\n", **settings)
+    graphdef = nnx.graphdef(model)
+    programs = decoding._compiled(graphdef, 5 * CHUNK, True)
+    assert decoding._compiled.cache_info().misses == 1
+    assert programs.start._cache_size() == programs.advance._cache_size() == 1
+
+
+def test_an_answer_ends_before_a_stop_text(model):
+    settings = dict(max_new_tokens=4 * CHUNK, temperature=2.0)
+    texts = ["a", "b", "c"]
+    whole = mk.generate(model, texts, **settings)
+    stops = [answer[3:5] for answer in whole[:2]]
+    answers = mk.generate(model, texts, stop=stops, **settings)
+    for answer, full in zip(answers, whole, strict=True):
+        places = [full.find(stop) for stop in stops if stop in full]
+        assert answer == full[: min(places, default=len(full))]
+    assert len(answers[0]) <= 3 and len(answers[1]) <= 3
+    (stop,) = stops[:1]
+    alone = mk.generate(model, "a", stop=stop, **settings)
+    assert alone == "".join(mk.generate(model, "a", stop=(stop,), stream=True, **settings))
+    assert stop not in alone
+
+
+def test_decoding_ends_when_every_answer_has_stopped(model, monkeypatch):
+    steps = []
+    decode = decoding._decode_group
+
+    def counted(*arguments):
+        for tokens in decode(*arguments):
+            steps.append(len(tokens))
+            yield tokens
+
+    monkeypatch.setattr(decoding, "_decode_group", counted)
+    settings = dict(max_new_tokens=8 * CHUNK, temperature=2.0)
+    first = mk.generate(model, "a", **settings)[0]
+    assert len(steps) == 1  # without a stop text, one loop
+    steps.clear()
+    assert mk.generate(model, "a", stop=first, **settings) == ""
+    assert len(steps) <= 2
+
+
+def test_streams_are_checked_before_they_start(model):
+    with pytest.raises(ValueError, match="stream=True is for one text"):
+        mk.generate(model, ["a"], stream=True)
+    with pytest.raises(ValueError, match="a stop text is empty"):
+        mk.generate(model, "a", stop=["b", ""])
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        mk.generate(model, "a", stream=True, max_new_tokens=0)
+    with pytest.raises(ValueError, match="lone surrogate"):
+        mk.generate(model, "\ud800", stream=True)
 
 
 def test_a_model_of_nan_parameters_is_refused(model):
