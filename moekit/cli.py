@@ -20,6 +20,8 @@ VERBS = {
     "doctor": "Report versions, devices, the data found and what is missing.",
     "tour": "Execute the notebooks in their small setting.",
     "train": "Train a preset or a checkpoint on a mixture or a corpus.",
+    "generate": "Answer texts with a checkpoint.",
+    "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",
     "plan": "Compile a training step for a TPU slice: memory, time, collectives, verdict.",
     "data": "List, describe, fetch and check data: moekit data --help.",

@@ -259,8 +259,15 @@ class ModelConfig:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """The inverse of `to_dict`; a router of your own must be put back with `replace`."""
+    def from_dict(cls, values: Mapping[str, Any], router: Router | None = None) -> "ModelConfig":
+        """The inverse of `to_dict`.
+
+        Args:
+          router: a router of your own that the values name.
+
+        Raises:
+          ValueError: an unknown field or value, or a router that is neither moekit's nor `router`.
+        """
         values = dict(values)
         known = {field.name for field in dataclasses.fields(cls)}
         for field in values:
@@ -268,7 +275,7 @@ class ModelConfig:
                 raise unknown("field of ModelConfig", field, known)
         for field in ("router", "decoder_router"):
             if isinstance(values.get(field), Mapping):
-                values[field] = _router_from_dict(values[field])
+                values[field] = _router_from_dict(values[field], router)
         return cls(**values)
 
     def digest(self) -> str:
@@ -285,15 +292,22 @@ def digest(values: Mapping[str, Any]) -> str:
 def _router_to_dict(router: Router) -> dict[str, Any]:
     if dataclasses.is_dataclass(router):
         return {"router": type(router).__name__, **dataclasses.asdict(router)}
-    return {"router": getattr(router, "__name__", repr(router))}
+    return {"router": getattr(router, "__name__", type(router).__name__)}
 
 
-def _router_from_dict(values: Mapping[str, Any]) -> Router:
+def _router_from_dict(values: Mapping[str, Any], own: Router | None = None) -> Router:
+    if own is not None and _router_to_dict(own) == values:
+        return own
     known = {type(router).__name__: type(router) for router in routing.ROUTERS.values()}
     fields = dict(values)
     name = fields.pop("router")
     if name not in known:
-        raise unknown("router", name, known)
+        given = "" if own is None else f", not {_router_to_dict(own)}"
+        raise ValueError(
+            f"the model was trained with a router of its author, {dict(values)}{given}: only its "
+            "name is stored, so pass the router itself, as mk.load(path, router=..) or "
+            "--router FILE.py:NAME"
+        )
     return known[name](**fields)
 
 

@@ -1,10 +1,14 @@
 """Settings of the process that must be made before jax starts."""
 
 import ctypes
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
+
+from moekit.data.cache import cache_folder
 
 _ACCELERATOR_FILES = ("accel*", "vfio/*", "nvidia*", "kfd")
 # glibc's names and numbers of its options (malloc.h), and their values
@@ -44,3 +48,41 @@ def keep_freed_memory() -> None:
     for name, option, value in _MALLOC_OPTIONS:
         os.environ.setdefault(name, str(value))  # for processes that this one starts
         mallopt(option, int(os.environ[name]))
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep compiled programs in the user's cache folder, which may be deleted at any time.
+
+    An environment with JAX_COMPILATION_CACHE_DIR is left as it is, and
+    JAX_ENABLE_COMPILATION_CACHE=false switches the cache off. Nothing is kept if the folder cannot
+    be written. To be called before jax is imported.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = cache_folder() / f"compiled-{_processor_digest()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    # the default, 1 s, leaves out most programs of a small model
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def _processor_digest() -> str:
+    """Eight hexadecimal digits for the processor.
+
+    A program that was compiled for another one can end the process (illegal instruction), and home
+    folders are shared between machines.
+    """
+    description = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    found = {line for line in lines if line.startswith(wanted)}
+    text = "\n".join([description, *sorted(found)])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -5,12 +5,14 @@ from typing import Annotated
 import tyro
 
 from moekit.commands.flags import mesh_axes, require_at_least
+from moekit.commands.model_flags import SetFlag, model_config
 from moekit.commands.output import AsJson, print_result
 
 
 def plan(
     preset: Annotated[str, tyro.conf.Positional] = "st-base",
     *,
+    settings: SetFlag = (),
     topology: str = "v5e:2x4",
     mesh: str = "",
     batch: int = 256,
@@ -40,8 +42,8 @@ def plan(
 
     require_at_least(1, batch=batch, input_length=input_length, target_length=target_length)
     axes = mesh_axes(mesh)
+    cfg = model_config(preset, settings)
     if sweep:
-        cfg = mk.preset(preset)
         plans = rank_plans(
             cfg,
             topology,
@@ -54,7 +56,7 @@ def plan(
         print_result([each.to_dict() for each in plans], ranking(plans), json)
     else:
         found = mk.plan(
-            preset,
+            cfg,
             topology,
             mesh=axes,
             batch=batch,

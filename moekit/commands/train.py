@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 import moekit as mk
-from moekit import distributed
-from moekit.commands.devices import device_mesh
-from moekit.commands.environment import keep_freed_memory
+from moekit.commands.environment import keep_compiled_programs, keep_freed_memory
 from moekit.commands.flags import mesh_axes, names, require_seed
+from moekit.commands.model_flags import SetFlag, model_config, read_settings
 from moekit.commands.output import AsJson, print_result
-from moekit.config import ModelConfig, TrainConfig
+from moekit.commands.routers import checkpoint_router, is_file_router
+from moekit.config import TrainConfig
 from moekit.data.mixture import Mixture
 from moekit.data.text import Corpus
 
@@ -28,6 +27,7 @@ def train(
     hold_out: str = "",
     corpus: str = "",
     checkpoint: Path | None = None,
+    settings: SetFlag = (),
     router: str = "",
     tokenizer: str = "",
     on_error: str = "stop",
@@ -51,7 +51,8 @@ def train(
       hold_out: Leave out tasks that overlap with these suites, such as mmlu,bbh.
       corpus: Pretrain on this text instead: builtin, local, or parts such as books,speeches.
       checkpoint: Start from this model instead of a new one.
-      router: Another router: switch, top2, gshard, expert-choice, loss-free, hash, random.
+      router: Another router: switch, top2, gshard, expert-choice, loss-free, hash, random, or one
+        of your own as FILE.py:NAME.
       tokenizer: Path of a SentencePiece model; by default the preset's tokenizer.
       on_error: What to do with malformed rows: stop or skip.
       mesh: Shard over all devices: axis sizes such as expert=8 or expert=4,model=2.
@@ -62,16 +63,25 @@ def train(
     require_seed(config.seed)
     axes = mesh_axes(mesh)
     keep_freed_memory()
+    keep_compiled_programs()
+    import jax
+
+    from moekit import distributed
+    from moekit.commands.devices import device_mesh
+
     distributed.start(coordinator, processes, process_id)
     sharded = axes or jax.process_count() > 1
     devices = device_mesh(axes) if sharded else None
-    if checkpoint and (router or tokenizer):
+    if checkpoint and (tokenizer or (router and not is_file_router(router))):
         raise ValueError("--router and --tokenizer change a new model: leave out --checkpoint")
     if checkpoint:
-        model = mk.load(checkpoint, mesh=devices)
+        changes = read_settings(settings)
+        model = mk.load(checkpoint, router=checkpoint_router(router), mesh=devices)
+        if changes:
+            model = mk.with_config(model, model.cfg.replace(**changes))
         data = _training_data(mixture, source, hold_out, corpus, on_error)
     else:
-        cfg = _model_config(preset, router, tokenizer)
+        cfg = model_config(preset, settings, router, tokenizer)
         data = _training_data(mixture, source, hold_out, corpus, on_error)
         model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
     run = mk.train(model, data, config, workdir=workdir)
@@ -83,17 +93,6 @@ def train(
 
 
 COMMAND = train
-
-
-def _model_config(preset: str, router: str, tokenizer: str) -> ModelConfig:
-    """A preset with another router and tokenizer, where they are named."""
-    cfg = mk.preset(preset)
-    if router:
-        cfg = cfg.replace(router=router)
-    if tokenizer:
-        vocab_size = mk.load_tokenizer(tokenizer).vocab_size
-        cfg = cfg.replace(tokenizer=tokenizer, vocab_size=vocab_size)
-    return cfg
 
 
 def _training_data(

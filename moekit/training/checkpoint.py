@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moekit.config import ModelConfig
 from moekit.distributed import allgather_objects, run_on_first
 from moekit.model.transformer import EncoderDecoder
+from moekit.moe.routing import Router
 from moekit.training.state import abstract_model
 
 METADATA = "meta"  # the name of the JSON item
@@ -204,6 +205,7 @@ def load(
     *,
     step: int | None = None,
     cfg: ModelConfig | None = None,
+    router: Router | None = None,
     mesh: Mesh | None = None,
 ) -> EncoderDecoder:
     """The model in a folder that `save` or `train` wrote.
@@ -212,12 +214,14 @@ def load(
 
     Args:
       step: default the newest checkpoint.
-      cfg: expected configuration (needed for a router of your own).
+      cfg: expected configuration.
+      router: the router of your own that the model was trained with: a checkpoint stores its name.
       mesh: parameters are sharded over it.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or none of that step.
-      ValueError: the checkpoint is damaged or of another configuration (naming the fields).
+      ValueError: the checkpoint is damaged or of another configuration (naming the fields), or it
+        needs a router of its author.
     """
     path = Path(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -233,7 +237,7 @@ def load(
         step = steps[-1]
     saved = checkpoints.metadata(step)["model"]
     if cfg is None:
-        cfg = ModelConfig.from_dict(saved)
+        cfg = ModelConfig.from_dict(saved, router)
     elif saved != to_json(cfg.to_dict()):
         difference = describe_differences(saved, to_json(cfg.to_dict()))
         raise ValueError(f"{path} holds a model of another configuration ({difference})")
