@@ -35,7 +35,6 @@ from .analysis.trace import (
 )
 from .config import (
     ModelConfig as ModelConfig,
-    TrainConfig as TrainConfig,
 )
 from .data.batch import (
     Batch as Batch,
@@ -143,6 +142,9 @@ from .studies import (
     instruction_tune as instruction_tune,
     pretrain as pretrain,
     study as study,
+)
+from .train_config import (
+    TrainConfig as TrainConfig,
 )
 from .training.checkpoint import (
     load as load,

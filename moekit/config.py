@@ -1,25 +1,27 @@
-"""Configurations of models and of training: frozen dataclasses that check themselves."""
+"""The configuration of a model: a frozen dataclass that checks itself."""
 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from moekit.checks import (
+    bad_field,
+    check_choice,
+    check_integers,
+    check_not_negative,
+    check_positive,
+    check_rate,
+)
 from moekit.errors import unknown
 from moekit.moe import routing
 from moekit.moe.layer import ACTIVATIONS, check_dispatch
 from moekit.moe.routing import Router, Switch
+from moekit.train_config import TrainConfig as TrainConfig
 
 DTYPES = ("float32", "bfloat16")
-FREEZABLE = ("router", "experts", "moe")
-OPTIMIZERS = ("adafactor", "adamw")
-REMATS = ("none", "dots", "full")
-SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
-MAX_INTEGER = 2**31 - 1  # steps and sizes are 32-bit integers on devices
-MAX_SEED = 2**32 - 1
 
 
 class Parameters(NamedTuple):
@@ -97,7 +99,7 @@ class ModelConfig:
             self._check_routers()
 
     def _check_fields(self) -> None:
-        _check_integers(
+        check_integers(
             self,
             self.name,
             minimum=1,
@@ -115,16 +117,16 @@ class ModelConfig:
             ),
         )
         for field in ("capacity_factor", "eval_capacity_factor"):
-            _check_positive(self, self.name, field)
+            check_positive(self, self.name, field)
         for field in ("balance_loss", "router_z_loss"):
-            _check_not_negative(self, self.name, field)
+            check_not_negative(self, self.name, field)
         for field in ("dropout", "expert_dropout"):
-            _check_rate(self, self.name, field)
-        _check_choice(self, "activation", ACTIVATIONS)
-        _check_choice(self, "dtype", DTYPES)
+            check_rate(self, self.name, field)
+        check_choice(self, "activation", ACTIVATIONS)
+        check_choice(self, "dtype", DTYPES)
         if self.num_experts < 0:
             fix = "use 0 for a dense model or a positive number"
-            raise _bad_field(self, self.name, "num_experts", fix)
+            raise bad_field(self, self.name, "num_experts", fix)
 
     def _check_moe_layers(self, stack: str) -> None:
         layers = getattr(self, f"{stack}_layers")
@@ -132,18 +134,18 @@ class ModelConfig:
         if sparse < 0 or (sparse > 0 and layers % sparse != 0):
             divisors = [number for number in range(1, layers + 1) if layers % number == 0]
             fix = f"of {layers} layers, use one of {divisors}"
-            raise _bad_field(self, self.name, f"{stack}_moe_layers", fix)
+            raise bad_field(self, self.name, f"{stack}_moe_layers", fix)
 
     def _check_routers(self) -> None:
         if self.encoder_moe_layers + self.decoder_moe_layers == 0:
             fix = "give encoder_moe_layers or decoder_moe_layers as well"
-            raise _bad_field(self, self.name, "num_experts", fix)
+            raise bad_field(self, self.name, "num_experts", fix)
         decoder_router = self.stack_router("decoder")
         for router in (self.router, decoder_router):
             choices = getattr(router, "num_choices", 1) or 1
             if choices > self.num_experts:
                 fix = f"{router} picks {choices} different experts"
-                raise _bad_field(self, self.name, "num_experts", fix)
+                raise bad_field(self, self.name, "num_experts", fix)
             check_dispatch(self.dispatch, router)
         is_causal = getattr(decoder_router, "causal", False)
         if self.decoder_moe_layers and not is_causal and not self.allow_future_leak:
@@ -309,157 +311,3 @@ def _router_from_dict(values: Mapping[str, Any], own: Router | None = None) -> R
             "--router FILE.py:NAME"
         )
     return known[name](**fields)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training stage.
-
-    A batch holds batch_tokens // (input_length + target_length) rows, from 8 on rounded down to a
-    multiple of 8 so that the usual meshes divide it.
-
-    Args:
-      steps: Number of training steps.
-      batch_tokens: Tokens of a batch, inputs and targets together.
-      input_length: Tokens of an encoder row.
-      target_length: Tokens of a decoder row.
-      optimizer: adafactor or adamw.
-      learning_rate: Peak rate; Adafactor multiplies it by each parameter's scale (T5).
-      schedule: constant, rsqrt (1 / sqrt(max(step, warmup_steps)), scaled to the peak), cosine or
-        linear.
-      warmup_steps: Steps in which the rate rises linearly to its peak.
-      weight_decay: Decay of the weights per step, times the learning rate.
-      clip_norm: Maximum norm of the gradient; by default gradients are not clipped.
-      z_loss: Coefficient of log(Z)^2 of the output logits.
-      label_smoothing: Share of the target probability that is spread over the vocabulary.
-      freeze: Parts that keep their parameters: router, experts or moe (both).
-      remat: What the backward pass recomputes: none, dots (all but products with weights) or full
-        (every layer from its input).
-      seed: Seed of the parameters, the data order and dropout.
-      log_every: Steps between rows of the log.
-      eval_every: Steps between evaluations; 0 evaluates only at the end.
-      save_every: Steps between checkpoints; 0 saves only at the end.
-      keep: Number of checkpoints to keep.
-      data_workers: Processes of a host that read ahead; 0 uses a thread.
-
-    Raises:
-      ValueError: a value out of range, naming the field.
-    """
-
-    steps: int = 1000
-    batch_tokens: int = 16_384
-    input_length: int = 512
-    target_length: int = 128
-    optimizer: str = "adafactor"
-    learning_rate: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    z_loss: float = 1e-4
-    label_smoothing: float = 0.0
-    freeze: tuple[str, ...] = ()
-    remat: str = "none"
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
-    keep: int = 2
-    data_workers: int = 0
-
-    def __post_init__(self) -> None:
-        owner = "TrainConfig"
-        at_least_one = (
-            "steps",
-            "batch_tokens",
-            "input_length",
-            "target_length",
-            "log_every",
-            "keep",
-        )
-        _check_integers(self, owner, minimum=1, fields=at_least_one)
-        at_least_zero = ("warmup_steps", "eval_every", "save_every", "data_workers")
-        _check_integers(self, owner, minimum=0, fields=at_least_zero)
-        if not 0 <= self.seed <= MAX_SEED:
-            raise _bad_field(self, owner, "seed", f"use 0 to {MAX_SEED} (32 bits)")
-        _check_positive(self, owner, "learning_rate")
-        if self.clip_norm is not None:
-            _check_positive(self, owner, "clip_norm")
-        _check_not_negative(self, owner, "weight_decay")
-        _check_not_negative(self, owner, "z_loss")
-        _check_rate(self, owner, "label_smoothing")
-        _check_choice(self, "optimizer", OPTIMIZERS)
-        _check_choice(self, "schedule", SCHEDULES)
-        _check_choice(self, "remat", REMATS)
-        for part in self.freeze:
-            if part not in FREEZABLE:
-                raise unknown("part to freeze", part, FREEZABLE)
-        if self.batch_tokens < self.input_length + self.target_length:
-            raise ValueError(
-                f"batch_tokens is {self.batch_tokens}, less than one row of {self.input_length} + "
-                f"{self.target_length}; raise it or shorten the lengths"
-            )
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of a batch."""
-        rows = self.batch_tokens // (self.input_length + self.target_length)
-        return rows - rows % 8 if rows >= 8 else rows
-
-    def replace(self, **changes: Any) -> "TrainConfig":
-        """A copy with changes; ValueError (with near misses) for a field that does not exist."""
-        known = {field.name for field in dataclasses.fields(self)}
-        for field in changes:
-            if field not in known:
-                raise unknown("field of TrainConfig", field, known)
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        values = dataclasses.asdict(self)
-        values["freeze"] = list(self.freeze)
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of `to_dict`."""
-        values = dict(values)
-        values["freeze"] = tuple(values.get("freeze", ()))
-        return cls().replace(**values)
-
-
-def _bad_field(config: Any, owner: str, field: str, fix: str) -> ValueError:
-    value = str(getattr(config, field))
-    shown = value if len(value) <= 40 else f"{value[:20]}.. ({len(value)} characters)"
-    return ValueError(f"{owner}: {field} is {shown}; {fix}")
-
-
-def _check_integers(config: Any, owner: str, minimum: int, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        if getattr(config, field) < minimum:
-            raise _bad_field(config, owner, field, f"use {minimum} or more")
-        if getattr(config, field) > MAX_INTEGER:
-            raise _bad_field(config, owner, field, f"use at most {MAX_INTEGER}")
-
-
-def _check_positive(config: Any, owner: str, field: str) -> None:
-    value = getattr(config, field)
-    if not (value > 0 and math.isfinite(value)):
-        raise _bad_field(config, owner, field, "use a finite number above 0")
-
-
-def _check_not_negative(config: Any, owner: str, field: str) -> None:
-    value = getattr(config, field)
-    if not (value >= 0 and math.isfinite(value)):
-        raise _bad_field(config, owner, field, "use 0 or a finite number above it")
-
-
-def _check_rate(config: Any, owner: str, field: str) -> None:
-    if not 0 <= getattr(config, field) < 1:
-        raise _bad_field(config, owner, field, "use 0 or more and less than 1")
-
-
-def _check_choice(config: Any, field: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, field)
-    if value not in choices:
-        raise unknown(field, value, choices)

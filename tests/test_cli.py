@@ -3,6 +3,7 @@
 import functools
 import gzip
 import inspect
+import io
 import json
 import re
 import subprocess
@@ -60,7 +61,9 @@ def test_every_flag_of_every_verb_has_a_help_text(verb, capsys, monkeypatch):
     assert not without
     for flag in inspect.signature(dict(functions())[verb]).parameters:
         name = flag.replace("_", "-")
-        assert flag in ("config", "folder", "sources", "preset") or f"--{name}" in " ".join(texts)
+        positional = ("folder", "sources", "preset", "texts")
+        renamed = ("config", "settings")
+        assert flag in positional + renamed or f"--{name}" in " ".join(texts)
 
 
 def test_help_lists_every_verb_and_starts_without_jax():
@@ -132,6 +135,23 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["trian"], "did you mean 'train'"),
         (["train", "--preset", "st-nanno"], "did you mean 'st-nano'"),
         (["train", "--router", "swich"], "did you mean 'switch'"),
+        (["train", "--set", "num_expert=16"], "did you mean 'num_experts'"),
+        (["train", "--set", "num_experts=many"], "num_experts must be a whole number"),
+        (["train", "--set", "num_experts"], "write FIELD=VALUE"),
+        (["train", "--set", "num_experts=-1"], "num_experts is -1; use 0"),
+        (["train", "--set", "expert_d_ff=1.5"], "expert_d_ff must be a whole number or none"),
+        (["train", "--set", "capacity_factor=x"], "capacity_factor must be a number"),
+        (["train", "--set", "tied_logits=2"], "tied_logits must be true or false"),
+        (["train", "--set", "router=swich"], "did you mean 'switch'"),
+        (["plan", "--set", "num_expert=16"], "did you mean 'num_experts'"),
+        (["train", "--router", "nowhere.py:mine"], "no file nowhere.py"),
+        (["generate", "a", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["generate", "a", "--checkpoint", "nowhere", "--router", "top2"], "give FILE.py:NAME"),
+        (["generate", "--checkpoint", "nowhere"], "no text to answer"),
+        (["generate", "a", "--checkpoint", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["generate", "a", "--checkpoint", "x", "--temperature", "nan"], "--temperature is nan"),
+        (["chat", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["chat", "--checkpoint", "x", "--seed", "-1"], "--seed is -1"),
         (["train", "--mixture", "flan2023"], "did you mean 'flan2022'"),
         (["train", "--mixture", "flan2022"], "set the environment variable MOEKIT_DATA"),
         (["train", "--corpus", "local"], "set the environment variable MOEKIT_DATA"),
@@ -185,6 +205,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
 )
 def test_mistakes(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("MOEKIT_DATA", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     if argv[0] == "tour":
         monkeypatch.chdir(tmp_path)
     if argv[0] == "train":

@@ -1,7 +1,5 @@
 """moekit bench layer | step | input | peers: timings, with the parameters of each benchmark."""
 
-from moekit.bench import baselines, input, layer as layer_benchmark, step as step_benchmark
-from moekit.commands.devices import device_mesh
 from moekit.commands.environment import keep_freed_memory
 from moekit.commands.flags import mesh_axes, require_at_least
 from moekit.commands.output import AsJson, print_result, table
@@ -9,7 +7,7 @@ from moekit.commands.output import AsJson, print_result, table
 
 def bench_layer(
     *,
-    shapes: tuple[tuple[int, int], ...] = layer_benchmark.SHAPES,
+    shapes: tuple[tuple[int, int], ...] = ((8, 1), (32, 2)),
     tokens: int = 4096,
     d_model: int = 256,
     d_ff: int = 704,
@@ -36,7 +34,9 @@ def bench_layer(
                 f"--shapes has {num_experts} experts and {num_choices} choices; "
                 "use at least one choice and as many experts"
             )
-    rows = layer_benchmark.layer(
+    from moekit.bench.layer import layer
+
+    rows = layer(
         shapes=shapes,
         tokens=tokens,
         d_model=d_model,
@@ -76,7 +76,10 @@ def bench_step(
     require_at_least(1, repeats=repeats)
     axes = mesh_axes(mesh)
     keep_freed_memory()
-    rows = step_benchmark.step(
+    from moekit.bench.step import step
+    from moekit.commands.devices import device_mesh
+
+    rows = step(
         preset=preset,
         batch=batch,
         input_length=input_length,
@@ -108,7 +111,9 @@ def bench_input(
     """
     require_at_least(1, input_length=input_length, target_length=target_length)
     require_at_least(0, workers=workers)
-    result, text = input.input_pipeline(
+    from moekit.bench.input import input_pipeline
+
+    result, text = input_pipeline(
         tokenizer, input_length=input_length, target_length=target_length, workers=workers
     )
     print_result(result, text, json)
@@ -143,7 +148,9 @@ def bench_peers(
     require_at_least(0, experts=min(experts, default=0))
     require_at_least(1, d_model=d_model, d_ff=d_ff, vocab_size=vocab_size, repeats=repeats)
     keep_freed_memory()
-    rows = baselines.peers(
+    from moekit.bench.baselines import peers
+
+    rows = peers(
         experts=experts,
         batch=batch,
         input_length=input_length,

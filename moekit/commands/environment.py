@@ -55,7 +55,7 @@ def keep_compiled_programs() -> None:
 
     An environment with JAX_COMPILATION_CACHE_DIR is left as it is, and
     JAX_ENABLE_COMPILATION_CACHE=false switches the cache off. Nothing is kept if the folder cannot
-    be written. To be called before jax is imported.
+    be written. To be called before jax compiles anything.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -66,9 +66,12 @@ def keep_compiled_programs() -> None:
         return
     if not os.access(folder, os.W_OK):
         return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    # the default, 1 s, leaves out most programs of a small model
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # the default, 1 s, leaves out most programs of a small model
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _processor_digest() -> str:

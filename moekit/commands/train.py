@@ -11,9 +11,9 @@ from moekit.commands.flags import mesh_axes, names, require_seed
 from moekit.commands.model_flags import SetFlag, model_config, read_settings
 from moekit.commands.output import AsJson, print_result
 from moekit.commands.routers import checkpoint_router, is_file_router
-from moekit.config import TrainConfig
 from moekit.data.mixture import Mixture
 from moekit.data.text import Corpus
+from moekit.train_config import TrainConfig
 
 DEFAULTS = TrainConfig(steps=100, batch_tokens=8192)
 

@@ -5,10 +5,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moekit.config import REMATS, ModelConfig, TrainConfig
+from moekit.config import ModelConfig
 from moekit.errors import unknown
 from moekit.planning.chips import CHIPS, Chip
 from moekit.sharding import MESH_AXES
+from moekit.train_config import REMATS, TrainConfig
 
 
 @dataclass(frozen=True)
