@@ -4,6 +4,7 @@ from .analysis.balance import (
     balance_table as balance_table,
 )
 from .analysis.plots import (
+    LivePlot as LivePlot,
     plot_bars as plot_bars,
     plot_coactivation as plot_coactivation,
     plot_domain_distance as plot_domain_distance,
@@ -149,6 +150,10 @@ from .train_config import (
 from .training.checkpoint import (
     load as load,
     save as save,
+)
+from .training.loggers import (
+    TensorBoard as TensorBoard,
+    WandB as WandB,
 )
 from .training.loop import (
     Run as Run,

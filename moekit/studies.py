@@ -41,7 +41,7 @@ from moekit.evaluation.evaluator import evaluate
 from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
 from moekit.presets import preset
-from moekit.training.loop import Callback, Run, train
+from moekit.training.loop import Callback, OnLog, Run, train
 
 SOURCES = ("builtin", "local")
 FORMER_LOCAL = "mirror"  # the former name of "local"
@@ -128,6 +128,7 @@ def pretrain(
     workdir: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
     callbacks: Sequence[Callback] = (),
+    on_log: OnLog | Sequence[OnLog] = (),
     resume: bool = True,
 ) -> Run:
     """Pretrain by span corruption, validated on the corpus's own "valid" split; see `train`."""
@@ -139,6 +140,7 @@ def pretrain(
         tokenizer=tokenizer,
         eval_source=corpus,
         callbacks=callbacks,
+        on_log=on_log,
         resume=resume,
     )
 
@@ -152,6 +154,7 @@ def instruction_tune(
     tokenizer: Tokenizer | None = None,
     eval_source: Mixture | None = None,
     callbacks: Sequence[Callback] = (),
+    on_log: OnLog | Sequence[OnLog] = (),
     resume: bool = True,
 ) -> Run:
     """The FLAN stage: train all parameters on the whole mixture; see `train`."""
@@ -163,6 +166,7 @@ def instruction_tune(
         tokenizer=tokenizer,
         eval_source=eval_source,
         callbacks=callbacks,
+        on_log=on_log,
         resume=resume,
     )
 
@@ -176,6 +180,7 @@ def finetune(
     tokenizer: Tokenizer | None = None,
     eval_source: Mixture | None = None,
     callbacks: Sequence[Callback] = (),
+    on_log: OnLog | Sequence[OnLog] = (),
     resume: bool = True,
 ) -> Run:
     """Finetune on one downstream task; see `train`.
@@ -190,6 +195,7 @@ def finetune(
         tokenizer=tokenizer,
         eval_source=eval_source,
         callbacks=callbacks,
+        on_log=on_log,
         resume=resume,
     )
 

@@ -24,11 +24,14 @@ def test_environment_yml_only_names_python_pip_and_this_project():
     assert python == f"python {PROJECT['requires-python']}"
     (own,) = packages["pip"]
     extras = re.fullmatch(r"-e \.\[(.+)\]", own)[1].split(",")
-    assert set(extras) <= set(PROJECT["optional-dependencies"]) and "dev" in extras
+    assert set(extras) <= set(PROJECT["optional-dependencies"]) and {"dev", "notebooks"} <= set(
+        extras
+    )
 
 
 def test_extras_and_licence():
-    assert {"tpu", "cuda", "eval", "parity", "dev"} == set(PROJECT["optional-dependencies"])
+    extras = {"tpu", "cuda", "eval", "parity", "dev", "notebooks"}
+    assert set(PROJECT["optional-dependencies"]) == extras
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert mk.__version__ == PROJECT["version"]

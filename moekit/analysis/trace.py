@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from tqdm import tqdm
 
 from moekit.analysis.trace_file import FIELDS, STACKS, read_trace, write_trace
 from moekit.data.batch import Batch, pad_pairs, tokenize_prompt
@@ -26,6 +25,7 @@ from moekit.errors import not_finite, unknown
 from moekit.model.batching import length_groups, pad_rows
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.stats import TokenRouting
+from moekit.progress import ProgressBar
 from moekit.sharding import shard_batch
 
 
@@ -234,13 +234,15 @@ def _trace_pairs(
     parts: dict[str, list[StackTrace]] = {name: [] for name in STACKS}
     lengths = [len(pair["inputs"]) for pair in pairs]
     groups = list(length_groups(lengths, input_length, batch_size, mesh=model.mesh))
-    for indices, length, num_rows in tqdm(groups, desc="trace", unit="batch", leave=False):
+    progress = ProgressBar(groups, desc="trace", unit="batch", leave=False)
+    for indices, length, num_rows in progress:
         group = [pairs[index] for index in indices]
         batch = pad_pairs(group, input_length=length, target_length=target_length)
         batch = jax.tree.map(partial(pad_rows, rows=num_rows), batch)
         examples = np.zeros(num_rows, np.int32)
         examples[: len(indices)] = indices
-        routing = to_host(route(state, shard_batch(batch, model.mesh)))
+        with progress.compiling(route, batch.inputs.shape):
+            routing = to_host(route(state, shard_batch(batch, model.mesh)))
         for name, stack_routing in routing.items():
             part = _stack_tokens(name, batch, examples, has_target[examples], stack_routing)
             if not np.isfinite(part.entropy).all():

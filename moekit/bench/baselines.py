@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
-from tqdm import tqdm
 
 from moekit.bench.timing import full_batch, interleaved_times, median_ratio, min_ratio
 from moekit.config import ModelConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
+from moekit.progress import ProgressBar
 from moekit.training.step import auxiliary_losses, token_losses
 
 NUM_LAYERS = 4  # of each stack
@@ -88,7 +88,7 @@ def peers(
     """
     baseline = _baseline_versions()
     rows = []
-    for num_experts in tqdm(experts, desc="bench peers", unit="model"):
+    for num_experts in ProgressBar(experts, desc="bench peers", unit="model"):
         work = Work(
             num_experts=num_experts,
             batch=batch,

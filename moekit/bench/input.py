@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moekit.data.cache import cache_folder
 from moekit.data.corpora import corpus
 from moekit.data.flan import flan_mixture
@@ -18,6 +16,7 @@ from moekit.data.mixture import Mixture
 from moekit.data.packing import propose_lengths
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from moekit.progress import ProgressBar
 
 SUBMIXTURES = ("niv2", "cot", "dialog")
 BATCH_SIZE = 32
@@ -100,7 +99,7 @@ def _read(stream: Stream, epoch: int) -> tuple[DataStatistics, list[float], floa
     memory = [_rss_mib()]
     start = time.perf_counter()
     num_read = 0
-    with tqdm(total=epoch, desc="bench input", unit="example") as progress:
+    with ProgressBar(total=epoch, desc="bench input", unit="example") as progress:
         while num_read < epoch:
             next(stream)
             statistics += stream.take_statistics()

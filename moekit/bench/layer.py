@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from moekit.bench.timing import interleaved_times, median_ratio, min_ratio
 from moekit.model.layers import FFN
 from moekit.moe.capacity import slots_per_expert
 from moekit.moe.layer import MoE
 from moekit.moe.routing import TopK
+from moekit.progress import ProgressBar
 
 DENSE = "dense"
 SHAPES = ((8, 1), (32, 2))  # experts, choices per token
@@ -78,7 +78,7 @@ def layer(
     """
     _check_sizes(tokens=tokens, d_model=d_model, d_ff=d_ff, repeats=repeats)
     rows = []
-    for num_experts, num_choices in tqdm(shapes, desc="bench layer", unit="shape"):
+    for num_experts, num_choices in ProgressBar(shapes, desc="bench layer", unit="shape"):
         functions = _variants(num_experts, num_choices, tokens, d_model, d_ff, capacity_factor)
         times = interleaved_times(functions, repeats)
         for variant, milliseconds in times.items():

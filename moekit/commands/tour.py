@@ -7,10 +7,10 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
-from tqdm import tqdm
 
 from moekit.commands.environment import keep_freed_memory
 from moekit.commands.output import AsJson, print_result
+from moekit.progress import ProgressBar
 
 TIMEOUT = 900  # seconds a cell may take
 # the kernel's own shutdown may warn
@@ -79,11 +79,12 @@ def execute_notebooks(
     # the kernels inherit these
     os.environ["MOEKIT_FIGURES"] = str(figures)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    os.environ["TQDM_DISABLE"] = "1"  # a stored notebook has no use for bars
     # programs that several notebooks, or the next run, compile alike are compiled once
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".jax_cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     rows = []
-    progress = tqdm(sources, unit="notebook")
+    progress = ProgressBar(sources, unit="notebook")
     for path in progress:
         progress.set_description(path.stem)
         start = time.perf_counter()
@@ -98,7 +99,7 @@ def execute_notebooks(
         if in_place:
             _write(notebook, path.with_suffix(".ipynb"))
         rows.append({"notebook": path.stem, "seconds": seconds, "cells": cells})
-        tqdm.write(f"{path.stem}: {cells} cells in {seconds} s")
+        ProgressBar.write(f"{path.stem}: {cells} cells in {seconds} s")
     return rows
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moekit.data.corpora import TEXT_DOMAINS, read_text
 from moekit.data.datasets import Access, copy_task, datasets, find_copies
 from moekit.data.files import KINDS, BadFile, BadRow, data_dir, read_manifest, scan, sha256
@@ -16,6 +14,7 @@ from moekit.data.niv2 import niv2_tasks
 from moekit.data.published import bbh_tasks
 from moekit.data.ready_made import ready_made_copies, ready_made_tasks
 from moekit.data.tasks import Task
+from moekit.progress import ProgressBar
 
 Tell = Callable[[Path, int, str], None]  # file, row (0: the file as a whole), problem
 
@@ -59,7 +58,7 @@ def check(folder: str | Path | None = None) -> Report:
 
     listed = _check_manifest(root, tell)
     counted = _check_counts(root, listed, tell)
-    for load in tqdm(list(_loads(root, tell)), desc="check rows", unit="task", leave=False):
+    for load in ProgressBar(list(_loads(root, tell)), desc="check rows", unit="task", leave=False):
         load()
     return Report(sorted(faults), len(counted), sum(counted.values()), len(listed))
 
@@ -72,7 +71,7 @@ def _check_manifest(root: Path, tell: Tell) -> dict[str, dict]:
     except ValueError as problem:
         tell(manifest, 0, str(problem))
         return {}
-    for name, entry in tqdm(listed.items(), desc="check files", unit="file", leave=False):
+    for name, entry in ProgressBar(listed.items(), desc="check files", unit="file", leave=False):
         path = root / name
         if not path.is_file():
             tell(path, 0, "is in the manifest but missing")
@@ -86,7 +85,7 @@ def _check_manifest(root: Path, tell: Tell) -> dict[str, dict]:
 def _check_counts(root: Path, listed: dict[str, dict], tell: Tell) -> dict[Path, int]:
     """Rows of every file of a known kind, compared with the manifest."""
     counted: dict[Path, int] = {}
-    for path in tqdm(_data_files(root), desc="count rows", unit="file", leave=False):
+    for path in ProgressBar(_data_files(root), desc="count rows", unit="file", leave=False):
         wanted = listed.get(str(path.relative_to(root)), {}).get("rows")
         try:
             counted[path] = _count(path, tell)

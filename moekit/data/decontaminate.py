@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moekit.data.suites import Suite, suite
 from moekit.data.tasks import Example, Task
+from moekit.progress import ProgressBar
 
 log = logging.getLogger("moekit")
 GRAM, COVERED = 8, 0.7
@@ -51,7 +50,7 @@ def overlapping(
     names, questions = _suite_names(opened), _suite_questions(opened)
     shown = ", ".join(each.name for each in opened)
     overlaps = {}
-    for task in tqdm(list(tasks), desc="decontaminate", unit="task", leave=False):
+    for task in ProgressBar(list(tasks), desc="decontaminate", unit="task", leave=False):
         origin = _held_out_origin(task, names)
         reason = f"made from {origin}" if origin else questions.seen_in(task)
         if reason:

@@ -192,10 +192,10 @@ class Mixture:
           tokenizer: what counts tokens; default bytes.
           tokens: length of the run, inputs and targets; default one epoch.
         """
-        from tqdm import tqdm
+        from moekit.progress import ProgressBar
 
         tokenizer = tokenizer or ByteTokenizer()
-        indices = tqdm(range(len(self.tasks)), desc="describe", unit="task", leave=False)
+        indices = ProgressBar(range(len(self.tasks)), desc="describe", unit="task", leave=False)
         rows = tuple(self._describe_task(index, tokenizer) for index in indices)
         return Overview(self.name, rows, 0.0, dict(self.dropped)).for_run(tokens)
 

@@ -132,10 +132,10 @@ def propose_lengths(
     If there are none, the lengths at which the fill of the emptier side, minus the share of
     truncated examples, is largest. It is measured by packing the first examples of the stream.
     """
-    from tqdm import tqdm
+    from moekit.progress import ProgressBar
 
     measured: list[Lengths] = []
-    for input_length in tqdm(INPUT_LENGTHS, desc="propose lengths", leave=False):
+    for input_length in ProgressBar(INPUT_LENGTHS, desc="propose lengths", leave=False):
         sizes = _sample_sizes(source, tokenizer, input_length, examples, seed)
         for target_length in _target_lengths(sizes, input_length):
             lengths = _measure(sizes, input_length, target_length)

@@ -151,12 +151,12 @@ def _corrupt(
 
 @lru_cache(maxsize=8)
 def _tokenized(corpus: Corpus, split: str, tokenizer: Tokenizer) -> list[Int[np.ndarray, "_"]]:
-    from tqdm import tqdm
+    from moekit.progress import ProgressBar
 
     documents = corpus.documents(split)
     description = f"tokenize {corpus.name} {split}"
     tokens = []
-    for document in tqdm(documents, desc=description, unit="doc", leave=False):
+    for document in ProgressBar(documents, desc=description, unit="doc", leave=False):
         ids = tokenizer.encode(document.text)
         tokens.append(np.asarray(ids, np.int32))
     return tokens

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from moekit.data.suites import Suite
 from moekit.data.tasks import (
@@ -22,6 +21,7 @@ from moekit.evaluation.likelihood import rank_encoded
 from moekit.evaluation.scores import Scores, TaskScore
 from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
+from moekit.progress import ProgressBar
 
 ANSWER_TOKENS = 64  # of a generated answer
 CHAIN_OF_THOUGHT_TOKENS = 256  # of a generated answer with its reasoning
@@ -87,7 +87,7 @@ def evaluate(
     max_new_tokens = _setting(max_new_tokens, default_tokens)
 
     questions: list[_Question] = []
-    for task in tqdm(suite.tasks, desc="prompts", unit="task", leave=False):
+    for task in ProgressBar(suite.tasks, desc="prompts", unit="task", leave=False):
         questions += _questions(task, suite, limit, seed, tokenizer, model.cfg.max_length)
     if not questions:
         raise ValueError(f"suite {suite.name} has no questions in its split {suite.split!r}")

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
-from tqdm import tqdm
 
 from moekit.data.tasks import Prompt
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
@@ -21,6 +20,7 @@ from moekit.distributed import to_host
 from moekit.errors import not_finite
 from moekit.model.batching import encode_inputs, input_rows, length_groups
 from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
+from moekit.progress import ProgressBar
 from moekit.sharding import shard_batch
 
 MAX_INPUTS = 16  # inputs in a batch, with at most four times as many options
@@ -92,15 +92,17 @@ def likelihoods(
     counts = [len(each) for each in options]
     max_length = model.cfg.max_length
     groups = list(length_groups(lengths, max_length, MAX_INPUTS, counts, mesh=model.mesh))
-    for indices, length, num_inputs in tqdm(groups, desc="rank options", unit="batch", leave=False):
+    progress = ProgressBar(groups, desc="rank options", unit="batch", leave=False)
+    for indices, length, num_inputs in progress:
         group_inputs = [inputs[index] for index in indices]
         group_options = [options[index] for index in indices]
         input_ids, segments = input_rows(group_inputs, length, num_inputs, model.mesh)
         rows = _option_rows(group_options, num_inputs)
         input_of_row, targets, weights = shard_batch(rows, model.mesh)
 
-        scores = score(state, input_ids, segments, input_of_row, targets, weights)
-        log_probs, greedy = to_host(scores)
+        with progress.compiling(score, (input_ids.shape, targets.shape)):
+            scores = score(state, input_ids, segments, input_of_row, targets, weights)
+            log_probs, greedy = to_host(scores)
         row = 0
         for index in indices:
             for option in options[index]:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
-from tqdm import tqdm
 
 from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
@@ -26,6 +25,7 @@ from moekit.model.batching import encode_inputs, input_rows, length_groups
 from moekit.model.cache import Cache
 from moekit.model.text_stream import stop_texts, text_pieces, until_stop
 from moekit.model.transformer import EncoderDecoder
+from moekit.progress import ProgressBar
 
 CHUNK = 8  # tokens that are decoded between two looks at the text
 
@@ -341,14 +341,17 @@ def _generate_ids(
     chunk = CHUNK if has_stopped else settings.max_new_tokens
     groups = _groups(model, inputs, settings)
     generated = [np.zeros(0, np.int32)] * len(inputs)
-    progress = tqdm(groups, desc="generate", unit="batch", leave=False)
+    graphdef, _ = nnx.split(model)
+    program = _compiled(graphdef, settings.max_new_tokens, settings.temperature > 0).advance
+    progress = ProgressBar(groups, desc="generate", unit="batch", leave=False)
     for group_index, group in enumerate(progress):
         key = _group_key(settings.seed, group_index)
-        for tokens in _decode_group(model, inputs, group, key, settings, chunk):
-            for row, index in enumerate(group.indices):
-                generated[index] = tokens[row]
-            if has_stopped and _all_ended(generated, group.indices, has_stopped):
-                break
+        with progress.compiling(program, (group.length, group.rows)):
+            for tokens in _decode_group(model, inputs, group, key, settings, chunk):
+                for row, index in enumerate(group.indices):
+                    generated[index] = tokens[row]
+                if has_stopped and _all_ended(generated, group.indices, has_stopped):
+                    break
     return generated
 
 

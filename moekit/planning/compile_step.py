@@ -21,7 +21,6 @@ import jax
 from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
-from tqdm import tqdm
 
 from moekit.config import ModelConfig
 from moekit.model.counting import step_flops
@@ -31,6 +30,7 @@ from moekit.planning.program_cost import Cost, program_cost
 from moekit.planning.request import PlanRequest, largest_expert_axis
 from moekit.planning.step_plan import ESTIMATE, Plan
 from moekit.presets import preset
+from moekit.progress import ProgressBar
 from moekit.sharding import MESH_AXES
 from moekit.training.step import abstract_batch, compiled_step
 
@@ -113,7 +113,9 @@ def compile_in_child(request: PlanRequest) -> Plan:
 def _run_child(request: PlanRequest) -> tuple[str, str, int]:
     """Standard output, the last line of standard error, and the exit code of the child."""
     description = f"compile {request.cfg.name} for {request.topology} (up to minutes)"
-    progress = tqdm(desc=description, bar_format="{desc} {elapsed}", leave=False, disable=None)
+    progress = ProgressBar(
+        desc=description, bar_format="{desc} {elapsed}", leave=False, disable=None
+    )
     with tempfile.TemporaryFile("w+") as errors, progress:
         child = subprocess.Popen(
             [sys.executable, "-m", "moekit.planning.compile_step"],

@@ -4,14 +4,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from moekit.config import ModelConfig
 from moekit.errors import unknown
 from moekit.planning.chips import CHIPS
 from moekit.planning.compile_step import GIB, compile_in_child
 from moekit.planning.request import PlanRequest, count_chips, largest_expert_axis
 from moekit.planning.step_plan import Plan
+from moekit.progress import ProgressBar
 
 BYTES_PER_PARAMETER = 8  # a float32 parameter and its gradient
 
@@ -61,7 +60,7 @@ def sweep(
             f"{cfg.name}: use a batch that is a multiple of the chips"
         )
     plans = []
-    for request in tqdm(requests, desc=f"plan {cfg.name}", unit="plan"):
+    for request in ProgressBar(requests, desc=f"plan {cfg.name}", unit="plan"):
         plans.append(compile_in_child(request))
         if not names_a_slice and plans[-1].fits:
             break

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from moekit.config import TrainConfig
 from moekit.data.batch import Batch, stack_rows
@@ -22,6 +21,7 @@ from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.distributed import allgather_objects, is_first, make_global_batch, process_shard
 from moekit.model.transformer import EncoderDecoder
+from moekit.progress import ProgressBar
 from moekit.training.checkpoint import Checkpoints, describe_differences, to_json
 from moekit.training.guards import (
     NonFiniteLoss,
@@ -47,6 +47,7 @@ FORMAT = 2  # of a run's checkpoints; 1 had other optimizer states
 LEARNING_RATE_SETTINGS = ("learning_rate", "schedule", "warmup_steps", "clip_norm")
 LOOP_SETTINGS = ("steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers")
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
+OnLog = Callable[[dict[str, Any]], Any]
 logger = logging.getLogger(__name__)
 
 
@@ -117,6 +118,7 @@ class Trainer:
         workdir: Path | None = None,
         eval_source: Any = None,
         callbacks: Sequence[Callback] = (),
+        on_log: Sequence[OnLog] = (),
     ):
         self.model = model
         self.source = source
@@ -124,6 +126,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.workdir = workdir
         self.callbacks = callbacks
+        self.on_log = on_log if is_first() else ()
         self.shard = process_shard(model.mesh)
         self.stream = self.read_split(source, "train", seed=config.seed, repeat=True)
         self.validation = self.read_validation(eval_source)
@@ -259,7 +262,29 @@ class Trainer:
         for callback in self.callbacks:
             row |= callback(self.num_done, self.model)
         if row:
-            self.metrics.add({"step": self.num_done, **row})
+            row["step"] = self.num_done
+            self.metrics.add(row)
+            self.report(row)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Call on_log with a copy of a row that is written already.
+
+        If one raises, a checkpoint is saved first. Of several processes only this one would save,
+        so that there the periodic checkpoints are what is left.
+        """
+        try:
+            for function in self.on_log:
+                function(dict(row))
+        except Exception:
+            if jax.process_count() == 1:
+                self.save()
+            raise
+
+    def close_on_log(self) -> None:
+        """Call the method `close` of the on_log functions that have one."""
+        for function in self.on_log:
+            if hasattr(function, "close"):
+                function.close()
 
     def update_model(self, prepare: Callable[[Any], Any]) -> None:
         """Put the current parameters into the caller's model.
@@ -400,6 +425,7 @@ def train(
     tokenizer: Tokenizer | None = None,
     eval_source: Any = None,
     callbacks: Sequence[Callback] = (),
+    on_log: OnLog | Sequence[OnLog] = (),
     resume: bool = True,
 ) -> Run:
     """Train a model in place on a `Mixture` or `Corpus` and return the run.
@@ -412,6 +438,10 @@ def train(
       eval_source: its "valid" split gives valid_loss every eval_every steps and at the end.
       callbacks: (step, model) -> {name: value}, called and logged at the same times, after the
         checkpoint of that step was written.
+      on_log: function or functions that get every row of the log on process 0, after it was
+        written: `LivePlot()`, `TensorBoard(..)`, `WandB(..)` or your own. If one raises, the state
+        is saved first (with a workdir, on a single process). A method `close` is called at the
+        end of the run.
 
     Raises:
       ValueError: lengths, vocabulary, batch, eval_source or workdir do not fit.
@@ -430,6 +460,7 @@ def train(
         workdir=None if workdir is None else Path(workdir),
         eval_source=eval_source,
         callbacks=callbacks,
+        on_log=[on_log] if callable(on_log) else on_log,
     )
     if jax.process_count() > 1:
         check_processes_agree(trainer.settings())
@@ -439,14 +470,15 @@ def train(
             run_steps(trainer, stop, bar)
         finally:
             trainer.close()
+            trainer.close_on_log()
     return Run(model, trainer.metrics, config, trainer.workdir, trainer.data)
 
 
-def progress_bar(trainer: Trainer) -> tqdm:
+def progress_bar(trainer: Trainer) -> ProgressBar:
     """A bar on process 0."""
     if not is_first():
-        return tqdm(disable=True)
-    return tqdm(
+        return ProgressBar(disable=True)
+    return ProgressBar(
         desc=f"train {trainer.model.cfg.name}",
         unit="step",
         initial=trainer.num_done,
@@ -459,16 +491,20 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def run_steps(trainer: Trainer, stop: StopSignal, bar: tqdm) -> None:
+def run_steps(trainer: Trainer, stop: StopSignal, bar: ProgressBar) -> None:
     """Do the remaining steps; log, save and validate when it is due, in this order."""
     config = trainer.config
     start = time.perf_counter()
     while trainer.num_done < config.steps:
-        trainer.advance()
+        with bar.compiling(trainer.step.update) as compiles:
+            trainer.advance()
+            if compiles:
+                jax.block_until_ready(trainer.pending)
         bar.update()
         step = trainer.num_done
         is_last = step == config.steps
         stopping = stop.should_stop()
+        row = None
         if stopping or is_due(step, config.log_every, is_last):
             row = trainer.log(time.perf_counter() - start)
             rate = row["tokens_per_second"]
@@ -478,8 +514,11 @@ def run_steps(trainer: Trainer, stop: StopSignal, bar: tqdm) -> None:
         if stopping or is_due(step, config.save_every, is_last):
             trainer.save()
         # after saving: a callback may raise
+        if row is not None:
+            trainer.report(row)
         if is_due(step, config.eval_every, is_last):
-            trainer.validate()
+            with bar.compiling(trainer, "validation", steps=0):
+                trainer.validate()
         start += time.perf_counter() - pause  # tokens_per_second is that of the steps alone
         if stopping:
             saved = trainer.checkpoints is not None

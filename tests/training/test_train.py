@@ -276,3 +276,58 @@ def test_stream_is_a_function_of_seed_and_step():
 
     jax.tree.map(np.testing.assert_array_equal, first_batch(1), first_batch(1))
     assert not np.array_equal(first_batch(1).inputs, first_batch(2).inputs)
+
+
+class Listener:
+    """What on_log got, and what the file held at that time."""
+
+    def __init__(self, path):
+        self.path = path
+        self.rows = []
+        self.num_closed = 0
+
+    def __call__(self, row):
+        lines = self.path.read_text().splitlines()
+        assert json.loads(lines[-1]) == row
+        self.rows.append(row)
+        row.clear()  # a copy
+
+    def close(self):
+        self.num_closed += 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_on_log_gets_every_row_after_it_was_written(tmp_path, alone):
+    listener = Listener(tmp_path / "metrics.jsonl")
+    run = mk.train(
+        model(),
+        TEXT,
+        CONFIG.replace(eval_every=2),
+        workdir=tmp_path,
+        eval_source=TEXT,
+        on_log=listener if alone else [listener, lambda row: None],
+    )
+    assert len(listener.rows) == len(run.metrics.rows) == 4 and listener.num_closed == 1
+    assert [row["step"] for row in run.metrics.rows] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("key", ["loss", "valid_loss"])
+def test_an_on_log_that_raises_loses_no_step(tmp_path, key):
+    def stop_at_three(row):
+        if key in row and row["step"] == 3:
+            raise RuntimeError("broken at 3")
+
+    config = CONFIG.replace(save_every=0, log_every=1, eval_every=1)
+    listener = Listener(tmp_path / "metrics.jsonl")
+    with pytest.raises(RuntimeError, match="broken at 3"):
+        mk.train(
+            model(),
+            TEXT,
+            config,
+            workdir=tmp_path,
+            eval_source=TEXT,
+            on_log=[listener, stop_at_three],
+        )
+    assert saved_steps(tmp_path) == [3] and listener.num_closed == 1
+    finished = mk.train(model(), TEXT, config, workdir=tmp_path, eval_source=TEXT)
+    assert same(finished.model, mk.train(model(), TEXT, CONFIG).model)

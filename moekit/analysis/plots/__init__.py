@@ -9,6 +9,7 @@ from moekit.analysis.plots.layers import (
     plot_routing as plot_routing,
     plot_sharding as plot_sharding,
 )
+from moekit.analysis.plots.live import LivePlot as LivePlot
 from moekit.analysis.plots.plans import plot_plan as plot_plan
 from moekit.analysis.plots.results import (
     plot_bars as plot_bars,
