@@ -3,13 +3,15 @@
 B batch, L length, D d_model, F d_ff, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from moekit.moe.layer import gated_gelu
+from moekit.moe.layer import Activation, activate, check_activation, gated_gelu
 from moekit.sharding import param, platform, with_gathered_parameters
 
 
@@ -106,9 +108,10 @@ def dropout(
 
 
 class FFN(nnx.Module):
-    """The dense feed-forward layer: gated GELU (T5 v1.1) or ReLU (v1.0).
+    """The dense feed-forward layer: gated GELU (T5 v1.1), ReLU (v1.0) or another activation.
 
     Args:
+      activation: "gated_gelu", "relu", or an elementwise function such as jnp.tanh.
       dtype: compute type of the products.
       stack: leading axes of all parameters, which the caller scans over.
     """
@@ -118,11 +121,13 @@ class FFN(nnx.Module):
         d_model: int,
         d_ff: int,
         *,
-        activation: str = "gated_gelu",
+        activation: Activation = "gated_gelu",
         dtype: DTypeLike = jnp.float32,
         stack: tuple[int, ...] = (),
         rngs: nnx.Rngs,
     ):
+        check_activation(activation, d_ff)
+        self.activation = activation
         layers = ("layers",) * len(stack)
         shape = (*stack, d_model, d_ff)
         axes = (*layers, "embed", "mlp")
@@ -135,7 +140,7 @@ class FFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         x = x.astype(self.dtype)
-        function = _relu_ffn
+        function = functools.partial(_plain_ffn, self.activation)
         parameters = [self.wi_df, self.wo_fd]
         if self.wg_df is not None:
             function = _gated_gelu_ffn
@@ -143,12 +148,13 @@ class FFN(nnx.Module):
         return with_gathered_parameters(function, self.dtype, x, *parameters)
 
 
-def _relu_ffn(
+def _plain_ffn(
+    activation: Activation,
     x: Float[Array, "B L D"],
     wi_df: Float[Array, "D F"],
     wo_fd: Float[Array, "F D"],
 ) -> Float[Array, "B L D"]:
-    hidden = jax.nn.relu(matmul(x, wi_df))
+    hidden = activate(activation, matmul(x, wi_df))
     return matmul(hidden, wo_fd)
 
 

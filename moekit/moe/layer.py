@@ -11,6 +11,7 @@ parameters that a caller scans over.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from moekit.sharding import BATCH_AXES, MESH_AXES, check_mesh, param, use_mesh
 
 ACTIVATIONS = ("gated_gelu", "relu")
 DISPATCH = ("capacity", "dropless")
+Activation = str | Callable[[Array], Array]  # a name, or any elementwise function
 
 
 class RouterWeights(nnx.Module):
@@ -83,11 +85,35 @@ def _gated_gelu_backward(residuals: tuple[Array, Array], gradient: Array) -> tup
 gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
 
 
-def _activate(
-    hidden: Float[Array, "*S F"], gate: Float[Array, "*S F"] | None = None
+def activate(
+    activation: Activation,
+    hidden: Float[Array, "*S F"],
+    gate: Float[Array, "*S F"] | None = None,
 ) -> Float[Array, "*S F"]:
-    """Gated GELU, or ReLU where there is no gate."""
-    return jax.nn.relu(hidden) if gate is None else gated_gelu(gate, hidden)
+    """An activation of hidden features; gated GELU has a gate beside them."""
+    if gate is not None:
+        return gated_gelu(gate, hidden)
+    function = jax.nn.relu if activation == "relu" else activation
+    return function(hidden).astype(hidden.dtype)
+
+
+def check_activation(activation: Activation, d_ff: int) -> None:
+    """Check the activation of a feed-forward layer.
+
+    Raises:
+      ValueError: an unknown name, or a function that does not keep the shape of its argument.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", activation, ACTIVATIONS)
+        return
+    hidden = jax.ShapeDtypeStruct((1, d_ff), jnp.float32)
+    shape = jnp.shape(jax.eval_shape(activation, hidden))
+    if shape != hidden.shape:
+        raise ValueError(
+            f"activation {activation} returns shape {shape} for {hidden.shape}: use an elementwise "
+            f"function such as jnp.tanh, or a name: {', '.join(ACTIVATIONS)}"
+        )
 
 
 class Experts(nnx.Module):
@@ -99,14 +125,14 @@ class Experts(nnx.Module):
         d_model: int,
         d_ff: int,
         *,
-        activation: str = "gated_gelu",
+        activation: Activation = "gated_gelu",
         dropout: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         stack: tuple[int, ...] = (),
         rngs: nnx.Rngs,
     ):
-        if activation not in ACTIVATIONS:
-            raise unknown("activation", activation, ACTIVATIONS)
+        check_activation(activation, d_ff)
+        self.activation = activation
         layers = ("layers",) * len(stack)
         up_shape = (*stack, num_experts, d_model, d_ff)
         up_axes = (*layers, "expert", "embed", "mlp")
@@ -129,7 +155,7 @@ class Experts(nnx.Module):
         x = slots.astype(self.dtype)
         hidden = jnp.einsum("ecd,edf->ecf", x, wi_edf)
         gate = jnp.einsum("ecd,edf->ecf", x, wg_edf[0]) if wg_edf else None
-        hidden = _activate(hidden, gate)
+        hidden = activate(self.activation, hidden, gate)
         if key is not None and self.dropout > 0:
             num_experts, num_slots, _ = slots.shape
             expert = parallel.axis_index("expert") * num_experts + jnp.arange(num_experts)
@@ -208,7 +234,7 @@ class MoE(nnx.Module):
         this size.
       dispatch: "capacity" gives every expert the same number of slots and drops what exceeds them
         (the paper's way); "dropless" dispatches every token, whatever the load.
-      activation: "gated_gelu" or "relu".
+      activation: "gated_gelu", "relu", or an elementwise function such as jnp.tanh.
       expert_dropout: dropout rate of the experts' hidden features.
       dtype: compute type of the experts.
       mesh: experts are sharded over its expert axis (and their hidden features over model), the
@@ -235,7 +261,7 @@ class MoE(nnx.Module):
         min_capacity: int = 4,
         group_size: int = 4096,
         dispatch: str = "capacity",
-        activation: str = "gated_gelu",
+        activation: Activation = "gated_gelu",
         expert_dropout: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         stack: tuple[int, ...] = (),
@@ -455,7 +481,7 @@ class MoE(nnx.Module):
 
         num_devices = parallel.axis_size("expert")
         function = ExpertFunction(
-            activation=_activate,
+            activation=functools.partial(activate, experts.activation),
             dropout_scale=dropout_scale,
             block_rows=block_size(weight.size * num_devices, self.num_experts),
             save_hidden=num_devices == 1 or self.ragged,

@@ -39,8 +39,10 @@ def oracle(moe, x, routing):
     experts = moe.experts
     for expert in range(moe.num_experts):
         hidden = x @ experts.wi_edf[...][expert]
-        if experts.wg_edf is None:
+        if experts.activation == "relu":
             hidden = jax.nn.relu(hidden)
+        elif experts.wg_edf is None:
+            hidden = experts.activation(hidden)
         else:
             hidden = jax.nn.gelu(x @ experts.wg_edf[...][expert]) * hidden
         weight = jnp.where(routing.expert == expert, routing.weight, 0).sum(-1)
@@ -152,6 +154,26 @@ def test_permuting_tokens_permutes_outputs_when_nothing_is_dropped():
     np.testing.assert_allclose(apply(moe, x[:, order])[0], apply(moe, x)[0][:, order], atol=1e-6)
 
 
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_any_function_is_an_activation(dispatch):
+    def squared_relu(hidden):
+        return jnp.where(hidden > 0, hidden * hidden, 0)
+
+    moe = layer(TopK(k=2), activation=squared_relu, dispatch=dispatch)
+    x, mask, _ = inputs()
+    graphdef, state = nnx.split(moe)
+
+    @jax.jit
+    def both(state, x):
+        module = nnx.merge(graphdef, state)
+        y, _, routing = module(x, mask)
+        gradient = jax.grad(lambda state: nnx.merge(graphdef, state)(x, mask)[0].sum())(state)
+        slow = jax.grad(lambda state: oracle(nnx.merge(graphdef, state), x, routing).sum())(state)
+        return (y, gradient["experts"]), (oracle(module, x, routing), slow["experts"])
+
+    assert_close(*both(state, jnp.where(mask[..., None], x, 0)))
+
+
 @pytest.mark.parametrize(
     "shape", [(), (12,), (4, 3), (2, 2, 3), (2, 1, 3, 2), (0,), (3, 0)], ids=str
 )
@@ -189,6 +211,8 @@ def test_tokens_may_have_any_leading_dimensions(shape):
         ({"expert_dropout": 1.0}, "expert_dropout is 1.0"),
         ({"expert_dropout": -0.1}, "expert_dropout is -0.1"),
         ({"activation": "gelu"}, "unknown activation 'gelu'.*gated_gelu"),
+        ({"activation": jax.nn.glu}, r"returns shape \(1, 8\) for \(1, 16\): use an elementwise"),
+        ({"activation": jnp.sum}, r"returns shape \(\) for"),
         ({"dispatch": "droples"}, "unknown dispatch.*did you mean 'dropless'"),
         ({"dispatch": "dropless", "router": ExpertChoice()}, "ExpertChoice fills every"),
     ],
