@@ -4,8 +4,10 @@ import json as json_format
 from pathlib import Path
 from typing import Any
 
+from moekit.commands.environment import keep_compiled_programs
 from moekit.commands.flags import names, require_at_least, require_seed
 from moekit.commands.output import AsJson, print_result
+from moekit.commands.routers import checkpoint_router
 
 
 def evaluate(
@@ -19,6 +21,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     out: Path | None = None,
+    router: str = "",
     json: AsJson = False,
 ) -> int:
     """Evaluate a checkpoint on suites, each prompted as its benchmark is, and average them.
@@ -33,17 +36,19 @@ def evaluate(
       limit: Maximum number of questions per task.
       seed: Seed of the choice of questions and exemplars.
       out: Write the record to this JSON file; `moekit figures` draws the records of its folder.
+      router: The router of a checkpoint that was trained with one of your own, as FILE.py:NAME.
     """
     import moekit as mk
 
     require_at_least(0, shots=shots)
     require_at_least(1, limit=limit)
     require_seed(seed)
+    keep_compiled_programs()
     if harness:
-        result, text = _run_harness(checkpoint, harness, shots, limit)
+        result, text = _run_harness(checkpoint, router, harness, shots, limit)
     else:
         suites = mk.suites(suite)
-        model = mk.load(checkpoint)
+        model = mk.load(checkpoint, router=checkpoint_router(router))
         results = []
         for each in suites:
             scores = mk.evaluate(
@@ -70,13 +75,13 @@ COMMAND = evaluate
 
 
 def _run_harness(
-    checkpoint: Path, tasks: str, shots: int | None, limit: int | None
+    checkpoint: Path, router: str, tasks: str, shots: int | None, limit: int | None
 ) -> tuple[dict[str, Any], str]:
     """Results of tasks of the lm-evaluation-harness, and its own table of them."""
     import moekit as mk
     from moekit.evaluation.lm_harness import harness, make_table
 
-    model = mk.load(checkpoint)
+    model = mk.load(checkpoint, router=checkpoint_router(router))
     found = harness(model, list(names(tasks)), shots=shots, limit=limit, log_samples=False)
     kept = ("results", "n-shot", "n-samples", "versions")
     return {name: found[name] for name in kept}, make_table(found)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import tyro
 
-from moekit.commands.environment import keep_freed_memory
+from moekit.commands.environment import keep_compiled_programs, keep_freed_memory
 from moekit.commands.flags import require_seed
 from moekit.commands.output import AsJson, print_result
 from moekit.studies import StudyConfig, study as run_study, summary
@@ -21,6 +21,7 @@ def study(
     """
     require_seed(config.seed)
     keep_freed_memory()
+    keep_compiled_programs()
     results = run_study(config)
     paths = {"path": results["path"], "figures": results["figures"]}
     print_result(paths, summary(results), json)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -29,6 +30,50 @@ def test_freed_memory_is_kept_for_training_on_a_cpu_alone(monkeypatch):
     code = "import ctypes; c = ctypes.CDLL(None); c.malloc(1 << 27); c.malloc_stats()"
     report = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
     assert re.search(r"max mmap regions = +0$", report, re.M) and set(names) <= set(os.environ)
+
+
+KEEP_PROGRAMS = """
+import sys
+from moekit.commands.environment import keep_compiled_programs
+keep_compiled_programs()
+import jax
+from pathlib import Path
+folder = jax.config.jax_compilation_cache_dir
+if "break" in sys.argv:
+    Path(folder).rmdir()
+    Path(folder).write_text("in the way")
+print(jax.jit(lambda x: x + 1)(1), folder)
+"""
+
+
+def keep_programs(**variables: str) -> list[str]:
+    """The words that a process prints which compiles a function: its result, and the folder."""
+    names = [name for name in os.environ if name.startswith("JAX_")]
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    arguments = variables.pop("arguments", "").split()
+    shown = subprocess.run(
+        [sys.executable, "-c", KEEP_PROGRAMS, *arguments],
+        capture_output=True,
+        text=True,
+        env=clean | {"JAX_PLATFORMS": "cpu"} | variables,
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout.split()
+
+
+def test_compiled_programs_are_kept_where_the_user_wants_them(tmp_path):
+    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own = str(tmp_path / "moekit")
+    result, folder = keep_programs(MOEKIT_CACHE=own, **always)
+    assert result == "2" and folder.startswith(own)
+    assert any("jit" in path.name for path in Path(folder).iterdir())
+    chosen = str(tmp_path / "jax")
+    assert keep_programs(MOEKIT_CACHE=own, JAX_COMPILATION_CACHE_DIR=chosen) == ["2", chosen]
+    (tmp_path / "file").write_text("not a folder")
+    assert keep_programs(MOEKIT_CACHE=str(tmp_path / "file"), **always) == ["2", "None"]
+    # a folder that fails later is no error
+    broken = keep_programs(MOEKIT_CACHE=str(tmp_path / "b"), arguments="break", **always)
+    assert broken[0] == "2"
 
 
 @given(st.text())
