@@ -1,8 +1,9 @@
-"""`moekit train --router FILE.py:NAME`, then `generate` and `chat` with its checkpoint."""
+"""`moekit generate` and `chat` with checkpoints, also of a router of one's own."""
 
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,19 +68,34 @@ def test_a_chat_answers_every_line_by_itself(tmp_path, capsys, monkeypatch):
     assert code == 0 and out == "\\x1b[31mred \u20ac\n"
 
 
-def test_a_model_with_a_router_of_ones_own(tmp_path, capsys, router_file):
-    router = f"{router_file}:noisy"
+def test_train_changes_a_preset_or_the_settings_of_a_checkpoint(
+    tmp_path, capsys, monkeypatch, router_file
+):
+    models = []
+
+    def train(model: mk.EncoderDecoder, *_: object, **__: object) -> SimpleNamespace:
+        models.append(model)
+        return SimpleNamespace(metrics=SimpleNamespace(rows=[{"step": 1, "loss": 0.0}]))
+
+    monkeypatch.setattr(mk, "train", train)
     settings = []
-    for name, value in (SIZES | {"encoder_moe_layers": 1, "decoder_moe_layers": 0}).items():
+    for name, value in (SIZES | {"encoder_moe_layers": 1, "decoder_moe_layers": 1}).items():
         settings += ["--set", f"{name}={value}"]
-    lengths = ["--batch-tokens", 160, "--input-length", 64, "--target-length", 16]
-    flags = ["--workdir", tmp_path / "run", *settings, *lengths, "--router", router]
-    assert run(capsys, "train", "--steps", 1, *flags)[0] == 0
-    code, out, _ = run(capsys, "train", "--steps", 2, *flags)  # resumed
-    assert code == 0 and "step 2" in out
-    asked = ["generate", "one", "--checkpoint", tmp_path / "run", "--max-new-tokens", 4]
+    flags = ["--workdir", tmp_path / "run", "--corpus", "builtin"]
+    router = f"{router_file}:Sharp"
+    assert run(capsys, "train", *flags, *settings, "--router", router)[0] == 0
+    (model,) = models
+    assert model.cfg.num_experts == 2 and model.cfg.router.scale == 2
+    checkpoint = tmp_path / "model"
+    mk.save(checkpoint, model)
+    flags += ["--checkpoint", checkpoint]
+    assert run(capsys, "train", *flags, "--set", "dropout=0.25", "--router", router)[0] == 0
+    assert models[1].cfg.to_dict() == model.cfg.to_dict() | {"dropout": 0.25}
+    code, _, err = run(capsys, "train", *flags, "--set", "d_ff=64", "--router", router)
+    assert code == 2 and "changes the parameter" in err
+    asked = ["generate", "one", "--checkpoint", checkpoint, "--max-new-tokens", 4]
     code, _, err = run(capsys, *asked)
-    assert code == 2 and "trained with a router of its author, {'router': 'noisy'}" in err
-    code, _, err = run(capsys, *asked, "--router", f"{router_file}:Sharp")
-    assert code == 2 and "not {'router': 'Sharp', 'scale': 2.0}" in err
+    assert code == 2 and "trained with a router of its author, {'router': 'Sharp'" in err
+    code, _, err = run(capsys, *asked, "--router", f"{router_file}:noisy")
+    assert code == 2 and "not {'router': 'noisy'}" in err
     assert run(capsys, *asked, "--router", router)[0] == 0
