@@ -91,7 +91,7 @@ def test_train_changes_a_preset_or_the_settings_of_a_checkpoint(
     flags += ["--checkpoint", checkpoint]
     assert run(capsys, "train", *flags, "--set", "dropout=0.25", "--router", router)[0] == 0
     assert models[1].cfg.to_dict() == model.cfg.to_dict() | {"dropout": 0.25}
-    code, _, err = run(capsys, "train", *flags, "--set", "d_ff=64", "--router", router)
+    code, _, err = run(capsys, "train", *flags, "--set", "vocab_size=512", "--router", router)
     assert code == 2 and "changes the parameter" in err
     asked = ["generate", "one", "--checkpoint", checkpoint, "--max-new-tokens", 4]
     code, _, err = run(capsys, *asked)
