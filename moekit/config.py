@@ -19,6 +19,7 @@ from moekit.errors import unknown
 from moekit.moe import routing
 from moekit.moe.layer import ACTIVATIONS, check_dispatch
 from moekit.moe.routing import Router, Switch
+from moekit.table import fields_table
 from moekit.train_config import TrainConfig as TrainConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -155,6 +156,9 @@ class ModelConfig:
                 '(such as TopK(k=2) or GShard(priority="token"), or set `causal = True` on your '
                 "own), or allow_future_leak=True to permit it"
             )
+
+    def _repr_html_(self) -> str:
+        return fields_table(self)._repr_html_()
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with changes; ValueError (with near misses) for a field that does not exist."""

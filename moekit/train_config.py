@@ -14,6 +14,7 @@ from moekit.checks import (
     check_rate,
 )
 from moekit.errors import unknown
+from moekit.table import fields_table
 
 FREEZABLE = ("router", "experts", "moe")
 OPTIMIZERS = ("adafactor", "adamw")
@@ -116,6 +117,9 @@ class TrainConfig:
         """Rows of a batch."""
         rows = self.batch_tokens // (self.input_length + self.target_length)
         return rows - rows % 8 if rows >= 8 else rows
+
+    def _repr_html_(self) -> str:
+        return fields_table(self)._repr_html_()
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """A copy with changes; ValueError (with near misses) for a field that does not exist."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from moekit.analysis.trace import RouterTrace
+from moekit.table import Table
 
 
 def expert_load(trace: RouterTrace, stack: str = "encoder") -> Float[ndarray, "Y E"]:
@@ -118,48 +119,24 @@ class BalanceTable:
         entropy = np.log(self.num_experts)
         return float(entropy)
 
-    def _cells(self) -> list[list[str]]:
-        """The table as text, headings first."""
-        heads = [head for _, head, _ in _COLUMNS]
-        cells = [heads]
+    def table(self) -> Table:
+        """One row for each stack and layer, with headings."""
+        cells = []
         for row in self.rows:
             texts = []
             for key, _, cell_format in _COLUMNS:
-                text = cell_format.format(row[key])
-                texts.append(text)
+                texts.append(cell_format.format(row[key]))
             cells.append(texts)
-        return cells
+        entropy = f"{self._balanced_entropy:.3f} nats"
+        title = f"{self.model}, {self.num_experts} experts; the entropy when balanced is {entropy}"
+        headings = [heading for _, heading, _ in _COLUMNS]
+        return Table(headings, cells, title=[title])
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = []
-        for column in zip(*cells, strict=True):
-            width = max(len(cell) for cell in column)
-            widths.append(width)
-        entropy = f"{self._balanced_entropy:.3f}"
-        title = f"{self.model}, {self.num_experts} experts"
-        lines = [f"{title}; the entropy when balanced is {entropy}"]
-        for row in cells:
-            padded = []
-            for cell, width in zip(row, widths, strict=True):
-                padded.append(cell.rjust(width))
-            line = "  ".join(padded)
-            lines.append(line)
-        return "\n".join(lines)
+        return str(self.table())
 
     def _repr_html_(self) -> str:
-        heads, *rows = self._cells()
-        entropy = f"{self._balanced_entropy:.3f} nats"
-        caption = f"<caption>{self.model}: the entropy when balanced is {entropy}</caption>"
-        head_cells = [f"<th>{head}</th>" for head in heads]
-        lines = ["".join(head_cells)]
-        for row in rows:
-            row_cells = [f"<td>{cell}</td>" for cell in row]
-            line = "".join(row_cells)
-            lines.append(line)
-        table_rows = [f"<tr>{line}</tr>" for line in lines]
-        body = "".join(table_rows)
-        return f"<table>{caption}{body}</table>"
+        return self.table()._repr_html_()
 
 
 def balance_table(trace: RouterTrace) -> BalanceTable:

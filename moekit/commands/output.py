@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from moekit.table import Table
+
 AsJson = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 # control characters, formatting (bidirectional marks), lone surrogates, line separators
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -32,12 +34,5 @@ def print_result(result: object, text: str, json: bool) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as aligned columns under their names."""
-    header = list(rows[0])
-    lines = [header] + [[str(value) for value in row.values()] for row in rows]
-    columns = list(zip(*lines, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
-    aligned = []
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        aligned.append("  ".join(cells))
-    return "\n".join(aligned)
+    cells = [[str(value) for value in row.values()] for row in rows]
+    return str(Table(list(rows[0]), cells, num_left=0))

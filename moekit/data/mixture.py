@@ -22,6 +22,7 @@ from moekit.data.tasks import (
     stable_random,
 )
 from moekit.data.tokenizer import ByteTokenizer, Tokenizer
+from moekit.table import Table
 
 if TYPE_CHECKING:
     import grain
@@ -80,6 +81,27 @@ class Mixture:
         return {
             task.name: weight / total for task, weight in zip(self.tasks, self.weights, strict=True)
         }
+
+    def __repr__(self) -> str:
+        return f"Mixture({self.name!r}, {len(self.tasks)} tasks)"
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        """The rate of every cluster; `describe` counts examples and tokens as well."""
+        clusters: dict[tuple[str, str], list[float]] = {}
+        for task, submixture in zip(self.tasks, self.submixtures, strict=True):
+            rates = clusters.setdefault((submixture, task.cluster), [])
+            rates.append(self.rates[task.name])
+        rows = []
+        for (submixture, cluster), rates in clusters.items():
+            rows.append((submixture, cluster, str(len(rates)), f"{sum(rates):.2%}"))
+        headings = ("submixture", "cluster", "tasks", "rate")
+        return Table(headings, rows, title=[repr(self)], num_left=2)
 
     def select(self, indices: Iterable[int]) -> "Mixture":
         """The mixture of some of its tasks, in the same proportions."""

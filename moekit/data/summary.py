@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.table import Table
+
 if TYPE_CHECKING:
     import matplotlib.figure
+
+LONGEST_NAME = 34  # characters of a task or cluster that a table shows
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,45 @@ class Overview:
 
     def table(self, by: str = "cluster") -> str:
         """One line for each "cluster" or "task"."""
-        header = f"{'submixture':10} {by:34} {'tasks':>5} {'examples':>9} {'valid':>7} {'rate':>7}"
-        lines = [header + f" {'in':>6} {'out':>5} {'repeats':>8}"]
-        rows = self.rows if by == "task" else self.clusters
-        for row in [*rows, self.total]:
+        return str(self._table(by))
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return self._table("cluster")._repr_html_()
+
+    def _table(self, by: str) -> Table:
+        rows = []
+        for row in [*(self.rows if by == "task" else self.clusters), self.total]:
             name = row.task if by == "task" else row.cluster
-            lines.append(
-                f"{row.submixture:10} {name[:34]:34} {row.tasks:5} {row.examples:9,} "
-                f"{row.valid:7,} {row.rate:7.2%} {row.input_tokens:6.0f} "
-                f"{row.target_tokens:5.0f} {row.repeats:8.2f}"
+            cells = (
+                row.submixture,
+                name[:LONGEST_NAME],
+                str(row.tasks),
+                f"{row.examples:,}",
+                f"{row.valid:,}",
+                f"{row.rate:.2%}",
+                f"{row.input_tokens:.0f}",
+                f"{row.target_tokens:.0f}",
+                f"{row.repeats:.2f}",
             )
-        lines.append(
+            rows.append(cells)
+        columns = ("tasks", "examples", "valid", "rate", "in", "out", "repeats")
+        return Table(("submixture", by, *columns), rows, notes=self._notes(), num_left=2)
+
+    def _notes(self) -> list[str]:
+        """What the columns mean, and what was left out."""
+        notes = [
             f"expected tokens per epoch: {self.epoch_tokens:,.0f}; repeats are for a run of "
             f"{self.run_tokens:,.0f} tokens; in and out are mean tokens of a prompt"
-        )
+        ]
         if self.dropped:
-            lines.append(f"left out: {len(self.dropped)} tasks")
-            lines += [f"  {name}: {reason}" for name, reason in self.dropped.items()]
-        return "\n".join(lines)
-
-    __str__ = table
-    __repr__ = table
+            notes.append(f"left out: {len(self.dropped)} tasks")
+            notes += [f"  {name}: {reason}" for name, reason in self.dropped.items()]
+        return notes
 
     def plot(self) -> "matplotlib.figure.Figure":
         """Rate of every cluster, shaded by sub-mixture, with numbers of tasks and repeats."""

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from moekit.table import Table
+
 RESAMPLES = 1000  # bootstrap resamples of a 95 % interval
 
 
@@ -128,26 +130,45 @@ class Scores:
 
     def table(self) -> str:
         """Percentages by task, with 95 % intervals and baselines."""
-        width = max(len(row.task) for row in self.rows)
-        split = f", {self.split} split" if self.split else ""
-        lines = [
-            f"{self.name}{split}, {self.shots} shots",
-            f"{'task':{width}}  metric       score    95 % interval    n  chance  majority",
-        ]
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        rows = []
         for row in (*self.rows, self.mean):
-            interval = f"{row.low:6.1%} - {row.high:6.1%}"
-            baselines = f"{row.chance:7.1%} {row.majority:8.1%}"
-            score = f"{row.task:{width}}  {row.metric:11} {row.score:6.1%}"
-            lines.append(f"{score}  {interval} {row.n:5} {baselines}")
+            cells = (
+                row.task,
+                row.metric,
+                f"{row.score:.1%}",
+                f"{row.low:.1%} - {row.high:.1%}",
+                str(row.n),
+                f"{row.chance:.1%}",
+                f"{row.majority:.1%}",
+            )
+            rows.append(cells)
+        split = f", {self.split} split" if self.split else ""
+        return Table(
+            headings=("task", "metric", "score", "95 % interval", "n", "chance", "majority"),
+            rows=rows,
+            title=[f"{self.name}{split}, {self.shots} shots"],
+            notes=self._notes(),
+            num_left=2,
+        )
+
+    def _notes(self) -> list[str]:
+        """What is missing from the table, and from prompts."""
+        notes = []
         if self.dropped_shots:
             requested = self.shots * sum(row.n for row in self.rows)
-            lines.append(
+            notes.append(
                 f"{self.dropped_shots} of {requested} exemplars were not shown: the input was too "
                 "long, or the task has too few"
             )
         if self.missing:
-            lines.append(f"skipped (no data): {', '.join(self.missing)}")
-        return "\n".join(lines)
+            notes.append(f"skipped (no data): {', '.join(self.missing)}")
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the single examples."""

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moekit.table import Table
+
 NO_ESTIMATE = "none: the compiler stopped where memory ran out"
 ESTIMATE = (
     "an estimate, not a measurement: the low bound assumes that communication fully overlaps with "
@@ -78,7 +80,10 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        return plan_table(self)
+        return "\n".join(str(table) for table in plan_tables(self))
+
+    def _repr_html_(self) -> str:
+        return "\n".join(table._repr_html_() for table in plan_tables(self))
 
 
 def _current_name(kind: str) -> str:
@@ -86,27 +91,26 @@ def _current_name(kind: str) -> str:
     return former_names.get(kind, kind)
 
 
-def plan_table(plan: Plan) -> str:
-    """The table that `moekit plan` prints."""
-    lines = _setting_lines(plan)
+def plan_tables(plan: Plan) -> list[Table]:
+    """What `moekit plan` prints: the estimates, and the collectives if there are any."""
+    rows = _setting_rows(plan)
     if plan.step_seconds:
-        lines += _time_lines(plan)
-        lines += _collective_lines(plan)
+        rows += _time_rows(plan)
     verdict = "fits" if plan.fits else "does not fit"
     compile_time = f"{plan.compile_seconds:.1f} s with {plan.host_gib:.1f} GiB of host memory"
-    lines.append(_line("compiled in", compile_time))
-    lines.append(_line("verdict", f"{verdict}; bottleneck: {plan.bottleneck}"))
-    for sentence in plan.advice:
-        lines.append(_line("", sentence))
-    return "\n".join(lines)
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:16} {text}"
-
-
-def _setting_lines(plan: Plan) -> list[str]:
+    rows.append(("compiled in", compile_time))
+    rows.append(("verdict", f"{verdict}; bottleneck: {plan.bottleneck}"))
+    rows += [("", sentence) for sentence in plan.advice]
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    title = (
+        f"{plan.preset} on {plan.topology} ({axes}), batch {plan.batch} x ({plan.input_length} + "
+        f"{plan.target_length}), {plan.optimizer}, remat {plan.remat}"
+    )
+    estimates = Table((), rows, title=[title], num_left=2)
+    return [estimates, _collectives_table(plan)] if plan.collectives else [estimates]
+
+
+def _setting_rows(plan: Plan) -> list[tuple[str, str]]:
     memory_kinds = []
     for kind, gib in plan.hbm_gib_per_chip.items():
         if kind != "total":
@@ -114,38 +118,39 @@ def _setting_lines(plan: Plan) -> list[str]:
     kinds = ", ".join(memory_kinds) or "the compiler stopped"
     total = plan.hbm_gib_per_chip["total"]
     return [
-        f"{plan.preset} on {plan.topology} ({axes}), batch {plan.batch} x ({plan.input_length} + "
-        f"{plan.target_length}), {plan.optimizer}, remat {plan.remat}",
-        _line("parameters", with_prefix(plan.parameters)),
-        _line("memory per chip", f"{total:.2f} of {plan.hbm_limit_gib:g} GiB ({kinds})"),
+        ("parameters", with_prefix(plan.parameters)),
+        ("memory per chip", f"{total:.2f} of {plan.hbm_limit_gib:g} GiB ({kinds})"),
     ]
 
 
-def _time_lines(plan: Plan) -> list[str]:
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     low, high = (1e3 * seconds for seconds in plan.step_seconds)
     split = ", ".join(f"{kind} {1e3 * value:.2f}" for kind, value in plan.split_seconds.items())
     flops = ", ".join(f"{with_prefix(value)} {kind}" for kind, value in plan.flops.items())
     low_mfu, high_mfu = (100 * share for share in plan.mfu)
     model_share = 100 * plan.hardware_flops_share
     return [
-        _line("step time", f"{low:.2f} to {high:.2f} ms ({split})"),
-        _line("", plan.estimate_kind),
-        _line("MFU", f"{low_mfu:.1f} to {high_mfu:.1f} %"),
-        _line("FLOPs per step", f"{flops}; {model_share:.0f} % are the model's"),
-        _line("memory traffic", f"{with_prefix(plan.hbm_bytes)}B per chip"),
+        ("step time", f"{low:.2f} to {high:.2f} ms ({split})"),
+        ("", plan.estimate_kind),
+        ("MFU", f"{low_mfu:.1f} to {high_mfu:.1f} %"),
+        ("FLOPs per step", f"{flops}; {model_share:.0f} % are the model's"),
+        ("memory traffic", f"{with_prefix(plan.hbm_bytes)}B per chip"),
     ]
 
 
-def _collective_lines(plan: Plan) -> list[str]:
-    lines = [f"{'collectives':20} {'axis':14} {'count':>7} {'MB sent per chip':>16} {'ms':>8}"]
+def _collectives_table(plan: Plan) -> Table:
+    rows = []
     for collective in plan.collectives:
-        megabytes = collective["bytes"] / 1e6
-        milliseconds = 1e3 * collective["seconds"]
-        lines.append(
-            f"  {collective['op']:18} {collective['axis']:14} {collective['count']:7.0f} "
-            f"{megabytes:16.1f} {milliseconds:8.2f}"
+        cells = (
+            collective["op"],
+            collective["axis"],
+            f"{collective['count']:.0f}",
+            f"{collective['bytes'] / 1e6:.1f}",
+            f"{1e3 * collective['seconds']:.2f}",
         )
-    return lines
+        rows.append(cells)
+    headings = ("collectives", "axis", "count", "MB sent per chip", "ms")
+    return Table(headings, rows, num_left=2)
 
 
 def with_prefix(value: float | int) -> str:
