@@ -54,7 +54,8 @@ class Table:
         shown = []
         for column, cell in enumerate(cells):
             side = "left" if column < self.num_left else "right"
-            shown.append(f'<{tag} style="text-align:{side}">{html.escape(cell)}</{tag}>')
+            style = f"text-align:{side};padding:0 0.6em"
+            shown.append(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>')
         return f"<tr>{''.join(shown)}</tr>"
 
 
@@ -67,4 +68,4 @@ def fields_table(config: Any) -> Table:
         is_changed = has_default and value != field.default
         rows.append((field.name, str(value), str(field.default) if is_changed else ""))
     headings = ("field", "value", "default, if different")
-    return Table(headings, rows, title=[type(config).__name__])
+    return Table(headings, rows, title=[type(config).__name__], num_left=3)

@@ -37,6 +37,21 @@ def test_extras_and_licence():
     assert mk.__version__ == PROJECT["version"]
 
 
+def test_the_citation_names_this_version_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] and citation["title"].startswith("moekit")
+    assert citation["license"] == PROJECT["license"]
+    assert "repository-code" not in citation  # no address before the release
+
+
+def test_contributing_names_only_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"`((?:moekit|tests|notebooks|\.ci)/[\w./]+)`", text):
+        assert "NN" in path or (ROOT / path).exists(), path
+    for target in re.findall(r"make (lint|test|tour|lab|notebooks)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
 def test_moe_depends_on_nothing_else_of_the_kit_but_sharding():
     for path in (ROOT / "moekit/moe").glob("*.py"):
         found = set(re.findall(r"from (moekit[\w.]*)", path.read_text()))

@@ -78,7 +78,7 @@ def test_html_has_the_cells_of_the_text_escaped(make):
 def test_columns_are_aligned():
     table = Table(("task", "n"), [("a", "10"), ("long name", "5")], title=["Title"])
     assert str(table) == "Title\ntask        n\na          10\nlong name   5"
-    cells = re.findall(r"text-align:(\w+)\">(.*?)<", table._repr_html_())
+    cells = re.findall(r"text-align:(\w+);[^>]*>(.*?)<", table._repr_html_())
     assert cells[:2] == [("left", "task"), ("right", "n")]
 
 
