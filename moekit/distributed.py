@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from moekit.sharding import BATCH_SPEC, batch_shards
+from moekit.versions import join_processes
 
 
 def start(
@@ -50,12 +51,12 @@ def start(
 
     def join() -> None:
         try:
-            jax.distributed.initialize(
+            join_processes(
                 coordinator or None,
                 processes,
                 process_id,
-                initialization_timeout=timeout + 60,
-                shutdown_timeout_seconds=60,
+                start_seconds=timeout + 60,
+                end_seconds=60,
             )
         except Exception as error:
             errors.append(error)

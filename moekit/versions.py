@@ -3,6 +3,7 @@
 Colab's runtimes come with the oldest of these. No other module asks for a version.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,3 +38,32 @@ def psum(tree: Any, axes: tuple[str, ...]) -> Any:
     some of its arrays are differentiated.
     """
     return jax.tree.map(lambda array: jax.lax.psum(array, axes), tree)
+
+
+def join_processes(
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
+    *,
+    start_seconds: int,
+    end_seconds: int,
+) -> None:
+    """Join the other processes of a run (jax.distributed.initialize).
+
+    Args:
+      start_seconds: how long to wait for the other processes.
+      end_seconds: how long a process that ends waits for the others, where jax has that setting.
+    """
+    parameters = inspect.signature(jax.distributed.initialize).parameters
+    if "shutdown_timeout_seconds" not in parameters:
+        jax.distributed.initialize(
+            coordinator, processes, process_id, initialization_timeout=start_seconds
+        )
+        return
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process_id,
+        initialization_timeout=start_seconds,
+        shutdown_timeout_seconds=end_seconds,
+    )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from moekit.data.cache import cache_folder
 
+# no optimization by LLVM; fusions as XLA wrote them before it had emitters for them
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 _ACCELERATOR_FILES = ("accel*", "vfio/*", "nvidia*", "kfd")
 # glibc's names and numbers of its options (malloc.h), and their values
 _MALLOC_OPTIONS = (
@@ -48,6 +50,16 @@ def keep_freed_memory() -> None:
     for name, option, value in _MALLOC_OPTIONS:
         os.environ.setdefault(name, str(value))  # for processes that this one starts
         mallopt(option, int(os.environ[name]))
+
+
+def compile_fast_on_cpu() -> None:
+    """Let XLA compile for the CPU in about a third of the time, into slower programs.
+
+    For many small programs that each run for seconds. XLA_FLAGS of the environment are left as
+    they are. To be called before jax starts; processes that this one starts inherit it.
+    """
+    if not has_accelerator():
+        os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 
 
 def keep_compiled_programs() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from moekit.commands.environment import keep_freed_memory
+from moekit.commands.environment import compile_fast_on_cpu, keep_freed_memory
 from moekit.commands.output import AsJson, print_result
 from moekit.progress import ProgressBar
 
@@ -27,9 +27,11 @@ def tour(
     Args:
       out: Folder for the executed notebooks and their figures.
       in_place: Store the outputs in notebooks/ as well.
-      only: Prefix of the notebooks to execute, such as 01.
+      only: Prefixes of the notebooks to execute, such as 01 or 00,01,05.
     """
-    keep_freed_memory()  # the kernels inherit it
+    # the kernels inherit both
+    keep_freed_memory()
+    compile_fast_on_cpu()
     rows = execute_notebooks(out, in_place=in_place, only=only)
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (
@@ -63,7 +65,7 @@ def execute_notebooks(
     Args:
       out: folder for the executed notebooks and their figures.
       in_place: store the outputs in notebooks/ as well.
-      only: prefix of the notebooks to execute, such as "01".
+      only: prefixes of the notebooks to execute, separated by commas, such as "00,01".
 
     Raises:
       ValueError: a cell failed or warned. The message has notebook, cell and error; `out` has the
@@ -71,7 +73,8 @@ def execute_notebooks(
     """
     import jupytext
 
-    sources = [path for path in notebooks() if path.name.startswith(only)]
+    prefixes = tuple(only.split(","))
+    sources = [path for path in notebooks() if path.name.startswith(prefixes)]
     if not sources:
         raise ValueError(f"no notebook starts with {only!r}: {[p.stem for p in notebooks()]}")
     figures = (out / "figures").absolute()
