@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: tour test lint lab notebooks figures bench parity release clean
+.PHONY: colab colab-fast tour test lint lab notebooks figures bench parity release clean
 
 tour: $(STAMP)  ## execute all notebooks on the embedded data, print where to look
 	$(BIN)/moekit tour
@@ -46,5 +46,28 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $(STAMP)
 
+# Colab's runtimes: Python 3.13, jax 0.7.2, flax 0.11.2 and the rest of tests/colab/colab-tpu.txt
+COLAB_PYTHON ?= $(shell for each in python3.13 $$HOME/.pyenv/versions/3.13*/bin/python; do \
+	"$$each" --version >/dev/null 2>&1 && echo "$$each" && break; done)
+COLAB := .venv-colab
+COLAB_PINS := tests/colab/colab-tpu.txt
+COLAB_TEST := MOEKIT_PINS=$(COLAB_PINS) JAX_COMPILATION_CACHE_DIR=.jax_cache/colab \
+	$(COLAB)/bin/python -m pytest
+
+colab: $(COLAB)/installed  ## notebooks and tests on the packages of a Colab runtime
+	$(COLAB_TEST) tests/colab tests/moe tests/model tests/test_sharding.py tests/training
+	JAX_COMPILATION_CACHE_DIR=$$PWD/.jax_cache/colab $(COLAB)/bin/moekit tour --out tour-colab --only 00,01,02,05
+
+colab-fast: $(COLAB)/installed  ## a few minutes of it
+	$(COLAB_TEST) tests/colab tests/moe/test_layer.py tests/training/test_train.py \
+		-k "pins or accepts or oracle or function or lowers"
+
+$(COLAB)/installed: pyproject.toml $(COLAB_PINS)
+	@test -n "$(COLAB_PYTHON)" || { echo "make colab needs Python 3.13: make colab COLAB_PYTHON=..."; exit 1; }
+	$(COLAB_PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/python -m pip install --quiet -r $(COLAB_PINS)
+	$(COLAB)/bin/python -m pip install --quiet -e ".[test]"
+	@touch $(COLAB)/installed
+
 clean:
-	rm -rf $(VENV) tour runs .jax_cache
+	rm -rf $(VENV) $(COLAB) tour tour-colab runs .jax_cache

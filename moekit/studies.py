@@ -45,6 +45,7 @@ from moekit.training.loop import Callback, OnLog, Run, train
 
 SOURCES = ("builtin", "local")
 FORMER_LOCAL = "mirror"  # the former name of "local"
+SETTINGS = ("small", "colab", "full")  # of the notebooks
 VOCAB_SIZES = {"nano": 1024, "mini": 8192}
 HELD_IN_SUITES = {
     "builtin": ("builtin-heldin",),
@@ -101,6 +102,33 @@ class StudyConfig:
             raise unknown("size", self.size, VOCAB_SIZES)
         for family in self.families:
             preset(f"{family}-{self.size}")
+
+    @classmethod
+    def named(cls, setting: str) -> "StudyConfig":
+        """The configuration of the notebooks' setting "small", "colab" or "full"."""
+        if setting == "small":  # minutes on two CPU cores
+            return cls(workdir=Path("runs/small"))
+        if setting == "colab":  # about ten minutes on one TPU v5e or T4
+            return cls(
+                size="mini",
+                pretrain_steps=600,
+                tune_steps=600,
+                batch_tokens=16_384,
+                input_length=256,
+                target_length=64,
+                workdir=Path("runs/colab"),
+            )
+        if setting == "full":
+            return cls(
+                size="mini",
+                pretrain_steps=20_000,
+                tune_steps=10_000,
+                batch_tokens=65_536,
+                input_length=512,
+                target_length=128,
+                workdir=Path("runs/full"),
+            )
+        raise unknown("setting", setting, SETTINGS)
 
     @property
     def vocab_size(self) -> int:

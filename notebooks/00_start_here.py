@@ -20,27 +20,36 @@
 # balance, 08 expert specialization, 11 scaling to pods.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import moekit as mk
 from moekit.commands.doctor import as_text, report
+from moekit.commands.runtime import describe_runtime
 
-FULL = False  # True on a TPU or GPU: the mini model, more steps
-SIZE, STEPS, BATCH_TOKENS = ("mini", 2000, 65_536) if FULL else ("nano", 60, 5120)
+SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": a TPU VM
+SIZE, STEPS, BATCH_TOKENS = {
+    "small": ("nano", 60, 5120),
+    "colab": ("mini", 500, 16_384),
+    "full": ("mini", 2000, 65_536),
+}[SETTING]
+print(describe_runtime())
 
 # %% [markdown]
 # ## What runs where

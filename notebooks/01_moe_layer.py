@@ -15,20 +15,23 @@
 # **Time**: about a minute.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import jax
@@ -37,10 +40,12 @@ from flax import nnx
 
 import moekit as mk
 from moekit.bench.layer import layer as bench_layer
+from moekit.commands.runtime import describe_runtime
 from moekit.moe.capacity import slots_per_expert
 
-FULL = False  # True on a TPU or GPU: longer training of the router of your own
-STEPS = 1000 if FULL else 40
+SETTING = "small"  # "colab", "full": longer training of the router of your own
+STEPS = {"small": 40, "colab": 300, "full": 1000}[SETTING]
+print(describe_runtime())
 
 # %% [markdown]
 # ## From logits to a Routing

@@ -15,20 +15,23 @@
 # compiled program line by line; the cost of rematerialization. **Time**: about two minutes.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import re
@@ -39,13 +42,14 @@ import numpy as np
 from flax import nnx
 
 import moekit as mk
+from moekit.commands.runtime import describe_runtime
 from moekit.planning.chips import CHIPS
 from moekit.planning.program_cost import program_cost
 from moekit.training.step import abstract_batch, compiled_step
 
-FULL = False  # True on eight TPU chips: the base model, on the chips themselves
-SIZE = "base" if FULL else "nano"
-if not FULL:
+SETTING = "small"  # "colab": the mini model; "full": the base model on eight TPU chips themselves
+SIZE = {"small": "nano", "colab": "mini", "full": "base"}[SETTING]
+if SETTING != "full":  # virtual devices of the CPU
     jax.config.update("jax_platforms", "cpu")
 
 # %% [markdown]
@@ -56,6 +60,7 @@ if not FULL:
 
 # %%
 mesh = mk.make_mesh(data=2, expert=2, model=2)
+print(describe_runtime())
 print(jax.devices())
 for name, size in mesh.shape.items():
     print(f"{name:7} {size}")

@@ -15,20 +15,23 @@
 # later notebooks start from the models that this one trains.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import json
@@ -38,18 +41,11 @@ import numpy as np
 
 import moekit as mk
 from moekit.analysis.recorded import plot_recorded_seeds, seed_losses
+from moekit.commands.runtime import describe_runtime
 
-FULL = False  # True on a TPU or GPU: the mini models, more steps, longer inputs
-SMALL = mk.StudyConfig()
-BIG = mk.StudyConfig(
-    size="mini",
-    pretrain_steps=20_000,
-    tune_steps=10_000,
-    batch_tokens=65_536,
-    input_length=512,
-    target_length=128,
-)
-setup = mk.StudySetup(BIG if FULL else SMALL)
+SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": longer, a TPU VM
+setup = mk.StudySetup(mk.StudyConfig.named(SETTING))
+print(describe_runtime())
 
 # %% [markdown]
 # ## The text
@@ -156,5 +152,5 @@ print("input:", shown)
 # 1. Change the mean span: `mk.span_corruption(..., mean_span=1.0)`. How do input and target lengths
 #    change, and what does that do to the cost of a step?
 # 2. `setup.pretrain("switch")` trains another family of equal FLOPs. Where does it lie?
-# 3. Train `st` with another seed: `dataclasses.replace(SMALL, seed=1)`. Is the distance between
-#    dense and sparse larger than between seeds?
+# 3. Train `st` with another seed: `dataclasses.replace(mk.StudyConfig.named("small"), seed=1)`. Is
+#    the distance between dense and sparse larger than between seeds?

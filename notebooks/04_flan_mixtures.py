@@ -14,20 +14,23 @@
 # packed; what the model reads. **Time**: under a minute.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import collections
@@ -35,10 +38,12 @@ import collections
 import numpy as np
 
 import moekit as mk
+from moekit.commands.runtime import describe_runtime
 from moekit.data.collection import FORMATS, MIXTURES
 
-FULL = False  # True with a data folder in MOEKIT_DATA: FLAN 2022's sub-mixtures
-mixture = mk.flan_mixture("flan2022" if FULL else "builtin")
+SETTING = "small"  # "full", with a data folder in MOEKIT_DATA: FLAN 2022's sub-mixtures
+mixture = mk.flan_mixture({"small": "builtin", "colab": "builtin", "full": "flan2022"}[SETTING])
+print(describe_runtime())
 tokenizer = mk.ByteTokenizer()
 
 # %% [markdown]

@@ -15,35 +15,33 @@
 # four minutes.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import moekit as mk
+from moekit.commands.runtime import describe_runtime
 
-FULL = False  # True on a TPU or GPU: the mini models of notebook 03
-SMALL = mk.StudyConfig()
-BIG = mk.StudyConfig(
-    size="mini",
-    pretrain_steps=20_000,
-    tune_steps=10_000,
-    batch_tokens=65_536,
-    input_length=512,
-    target_length=128,
+SETTING = (
+    "small"  # "colab": ten minutes on one TPU v5e or T4; "full": the mini models of notebook 03
 )
-setup = mk.StudySetup(BIG if FULL else SMALL)
+setup = mk.StudySetup(mk.StudyConfig.named(SETTING))
+print(describe_runtime())
 before = {family: setup.pretrain(family).model for family in ("t5", "st")}  # of notebook 03
 
 # %% [markdown]

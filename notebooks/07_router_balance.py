@@ -15,33 +15,38 @@
 # the effect of capacity. **Time**: about three minutes.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
-from pathlib import Path
+import dataclasses
 
 import moekit as mk
 from moekit.analysis.balance import dropped_assignments
+from moekit.commands.runtime import describe_runtime
 
-FULL = False  # True on a TPU or GPU: the mini model, longer
-SMALL = mk.StudyConfig(pretrain_steps=250, workdir=Path("runs/balance"))
-BIG = mk.StudyConfig(
-    size="mini", pretrain_steps=5_000, batch_tokens=65_536, workdir=Path("runs/balance-big")
-)
-setup = mk.StudySetup(BIG if FULL else SMALL)
+SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": longer, a TPU VM
+config = mk.StudyConfig.named(SETTING)
+config = dataclasses.replace(config, workdir=config.workdir / "balance")
+if SETTING == "small":
+    config = dataclasses.replace(config, pretrain_steps=250)
+setup = mk.StudySetup(config)
+print(describe_runtime())
 
 # %% [markdown]
 # ## Four ways to train one model

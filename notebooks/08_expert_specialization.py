@@ -15,36 +15,32 @@
 # **Time**: about a minute after notebooks 03 and 05, whose models it uses.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import moekit as mk
 from moekit.analysis.specialization import repetition
+from moekit.commands.runtime import describe_runtime
 
-FULL = False  # True on a TPU or GPU: the mini models of notebooks 03 and 05
-SMALL = mk.StudyConfig()
-BIG = mk.StudyConfig(
-    size="mini",
-    pretrain_steps=20_000,
-    tune_steps=10_000,
-    batch_tokens=65_536,
-    input_length=512,
-    target_length=128,
-)
-setup = mk.StudySetup(BIG if FULL else SMALL)
+SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": longer, a TPU VM
+setup = mk.StudySetup(mk.StudyConfig.named(SETTING))
+print(describe_runtime())
 pretrained = setup.pretrain("st")
 tuned = setup.tune(pretrained.model)
 

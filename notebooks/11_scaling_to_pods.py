@@ -16,20 +16,23 @@
 # about three minutes, a few seconds without the TPU compiler.
 
 # %%
-# Outside a clone (on Colab) this installs the released moekit; a running jax stays as it is.
-import importlib.util
+# Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
 import subprocess
 import sys
+from importlib import metadata, util
 
 REPOSITORY, TAG = "", ""  # filled in by `make release`
-if importlib.util.find_spec("moekit") is None:
+if util.find_spec("moekit") is None:
     if not REPOSITORY:
         raise ModuleNotFoundError(
             "moekit is not installed: clone the repository, run `make lab` in the clone "
             "and open this notebook there"
         )
+    stack = ("jax", "jaxlib", "libtpu", "flax", "numpy", "ml_dtypes")
+    found = [each for each in metadata.distributions() if each.name in stack]
+    kept = [f"{each.name}=={each.version}" for each in found]
     source = f"moekit @ git+{REPOSITORY}@{TAG}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source, *kept], check=True)
 
 # %%
 import json
@@ -39,8 +42,8 @@ from pathlib import Path
 import moekit as mk
 from moekit.planning.sweep import ranking
 
-FULL = False  # True with an hour or more: the base model and the 32B model are compiled anew
-LIVE = importlib.util.find_spec("libtpu") is not None
+SETTING = "small"  # "colab": the base model is compiled anew; "full", an hour: the 32B model too
+LIVE = util.find_spec("libtpu") is not None
 places = [Path("assets/plans"), Path("../assets/plans"), Path("moekit-plans/assets/plans")]
 if not any(place.is_dir() for place in places):  # on Colab
     clone = f"git clone -q --depth 1 --branch {TAG} {REPOSITORY} moekit-plans"
@@ -67,7 +70,7 @@ if not LIVE:
 # %%
 def planned(record, model, **options):
     """Compiled here if that is possible and quick or requested, else as recorded."""
-    if LIVE and (FULL or model == "st-nano"):
+    if LIVE and (SETTING != "small" or model == "st-nano"):
         return mk.plan(model, "v5e:2x4", batch=64, **options)
     return mk.Plan.load(PLANS / f"{record}.json")
 
@@ -142,11 +145,11 @@ mk.show(mk.plot_bars(memory, "GiB a chip", title), "11-meshes-memory")
 # The paper's largest, as rebuilt here: 269 B parameters, 64 experts in every fourth layer. Its step
 # is a batch of 256 rows of 2,048 + 512 tokens with Adafactor, float32 parameters and bfloat16
 # compute. A compile takes many minutes and gigabytes, so these plans are recorded (`assets/plans`,
-# each the output of `moekit plan st-32b .. --json`); `FULL = True` compiles all of them again.
+# each the output of `moekit plan st-32b .. --json`); `SETTING = "full"` compiles all of them again.
 
 # %%
 recorded = [mk.Plan.load(path) for path in sorted(PLANS.glob("st-32b-*.json"))]
-if FULL and LIVE:
+if SETTING == "full" and LIVE:
     same = ("mesh", "batch", "input_length", "target_length", "optimizer", "remat")
     recorded = [
         mk.plan(p.preset, p.topology, **{name: getattr(p, name) for name in same}) for p in recorded

@@ -34,7 +34,8 @@ def test_form(path):
     first = text.cells[0].source
     assert first.startswith(f"# {path.stem[:2]} ") and "Time" in first and "will see" in first
     assert max(len(source.splitlines()) for source in code) <= 20
-    assert sum("FULL = False" in source for source in code) == 1
+    assert sum('SETTING = "small"' in source for source in code) == 1
+    assert sum("print(describe_runtime())" in source for source in code) == 1
     last = text.cells[-1].source
     assert "## Exercises" in last and "\n2. " in last
 
