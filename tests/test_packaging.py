@@ -37,6 +37,12 @@ def test_extras_and_licence():
     assert mk.__version__ == PROJECT["version"]
 
 
+def test_the_lab_and_conda_install_the_notebooks_extra():
+    assert '".[notebooks]"' in (ROOT / "Makefile").read_text()
+    names = {re.split("[>=]", line)[0] for line in PROJECT["optional-dependencies"]["notebooks"]}
+    assert names == {"jupyterlab", "ipywidgets", "jupytext"}
+
+
 def test_the_citation_names_this_version_and_licence():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] and citation["title"].startswith("moekit")
