@@ -82,8 +82,8 @@ def keep_compiled_programs() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # the default, 1 s, leaves out most programs of a small model
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # the default, 1 s, leaves out nearly all programs of a small model: dozens of short ones
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _processor_digest() -> str:
