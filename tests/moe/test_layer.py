@@ -216,7 +216,6 @@ def test_tokens_may_have_any_leading_dimensions(shape):
         ({"dispatch": "droples"}, "unknown dispatch.*did you mean 'dropless'"),
         ({"dispatch": "dropless", "router": ExpertChoice()}, "ExpertChoice fills every"),
     ],
-    ids=str,
 )
 def test_arguments_are_checked(changes, message):
     arguments = {"d_model": D, "d_ff": F, "num_experts": E} | changes
