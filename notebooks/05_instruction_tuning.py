@@ -37,9 +37,7 @@ if util.find_spec("moekit") is None:
 import moekit as mk
 from moekit.commands.runtime import describe_runtime
 
-SETTING = (
-    "small"  # "colab": ten minutes on one TPU v5e or T4; "full": the mini models of notebook 03
-)
+SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": longer, a TPU VM
 setup = mk.StudySetup(mk.StudyConfig.named(SETTING))
 print(describe_runtime())
 before = {family: setup.pretrain(family).model for family in ("t5", "st")}  # of notebook 03

@@ -35,7 +35,9 @@ def test_form(path):
     assert first.startswith(f"# {path.stem[:2]} ") and "Time" in first and "will see" in first
     assert max(len(source.splitlines()) for source in code) <= 20
     assert sum('SETTING = "small"' in source for source in code) == 1
-    assert sum("print(describe_runtime())" in source for source in code) == 1
+    # notebook 11 compiles for chips that it does not use, and must not hold them either
+    describes = sum("print(describe_runtime())" in source for source in code)
+    assert describes == (0 if path.stem.startswith("11") else 1)
     last = text.cells[-1].source
     assert "## Exercises" in last and "\n2. " in last
 
