@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: colab colab-fast tour test lint lab notebooks figures bench parity release clean
+.PHONY: colab colab-fast colab-python tour test lint lab notebooks figures bench parity release clean
 
 tour: $(STAMP)  ## execute all notebooks on the embedded data, print where to look
 	$(BIN)/moekit tour
@@ -53,6 +53,9 @@ COLAB := .venv-colab
 COLAB_PINS := tests/colab/colab-tpu.txt
 COLAB_TEST := MOEKIT_PINS=$(COLAB_PINS) JAX_COMPILATION_CACHE_DIR=.jax_cache/colab \
 	$(COLAB)/bin/python -m pytest
+
+colab-python:
+	@echo "$(COLAB_PYTHON)"
 
 colab: $(COLAB)/installed  ## notebooks and tests on the packages of a Colab runtime
 	$(COLAB_TEST) tests/colab tests/moe tests/model tests/test_sharding.py tests/training
