@@ -30,7 +30,7 @@ def test_environment_yml_only_names_python_pip_and_this_project():
 
 
 def test_extras_and_licence():
-    extras = {"tpu", "cuda", "eval", "parity", "dev", "notebooks"}
+    extras = {"tpu", "cuda", "eval", "parity", "test", "dev", "notebooks"}
     assert set(PROJECT["optional-dependencies"]) == extras
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()

@@ -19,13 +19,16 @@ def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first occurrence of any stop text."""
-    end = len(text)
+    """The text before the stop text that is complete first (of several, before the longest)."""
+    found = []
     for stop in stops:
-        position = text.find(stop)
-        if position >= 0:
-            end = min(end, position)
-    return text[:end]
+        start = text.find(stop)
+        if start >= 0:
+            found.append((start + len(stop), start))
+    if not found:
+        return text
+    _, first_start = min(found)
+    return text[:first_start]
 
 
 def settled(text: str, stops: Sequence[str]) -> str:

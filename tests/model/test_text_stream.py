@@ -45,6 +45,8 @@ def test_the_beginning_of_a_stop_text_is_held_back():
     assert list(text_pieces(texts, ["\nQ:"])) == ["Paris"]
     assert list(text_pieces([*texts[:3], "Paris\nQu"], ["\nQ:"])) == ["Paris", "\nQu"]
     assert until_stop("a b c", ["c", "b"]) == "a "
+    # a token at a time, "b" is complete before "aba" is
+    assert until_stop("aba", ["aba", "b"]) == "a" and until_stop("ab", ["b", "ab"]) == ""
 
 
 def test_wrong_bytes_do_not_hold_back_a_stream():
