@@ -54,6 +54,12 @@ from .data.loader import (
 from .data.mixture import (
     Mixture as Mixture,
 )
+from .data.own import (
+    task as task,
+)
+from .data.own_mixture import (
+    mixture as mixture,
+)
 from .data.span_corruption import (
     restore as restore,
     span_corruption as span_corruption,

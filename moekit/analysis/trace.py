@@ -17,6 +17,9 @@ from numpy import ndarray
 
 from moekit.analysis.trace_file import FIELDS, STACKS, read_trace, write_trace
 from moekit.data.batch import Batch, pad_pairs, tokenize_prompt
+from moekit.data.mixture import Mixture
+from moekit.data.own_mixture import as_source
+from moekit.data.own_rows import is_path
 from moekit.data.tasks import Prompt, stable_random
 from moekit.data.text import Corpus
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
@@ -27,6 +30,8 @@ from moekit.model.transformer import EncoderDecoder
 from moekit.moe.stats import TokenRouting
 from moekit.progress import ProgressBar
 from moekit.sharding import shard_batch
+
+NUM_PROMPTS = 512  # of a task or mixture
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,35 @@ def _compiled_routing(graphdef: nnx.GraphDef) -> Callable[..., dict[str, TokenRo
     return jax.jit(route)
 
 
+def as_prompts(data: Any) -> list[Prompt]:
+    """What `trace_routing` accepts, as prompts.
+
+    Raises:
+      ValueError: a task without training examples, or rows that cannot be used.
+    """
+    if isinstance(data, str) and not is_path(data):
+        data = [data]
+    if isinstance(data, list | tuple) and all(isinstance(each, str | Prompt) for each in data):
+        return [_as_prompt(each, index) for index, each in enumerate(data)]
+    source = as_source(data)
+    if isinstance(source, Corpus):
+        return text_prompts(source)
+    if not isinstance(source, Mixture):
+        kind = type(source).__name__
+        raise ValueError(f"a {kind} has no prompts to trace: trace its tasks and its text apart")
+    num_examples = sum(task.train_size for task in source.tasks)
+    return source.sample(min(NUM_PROMPTS, num_examples))
+
+
+def _as_prompt(prompt: str | Prompt, index: int) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    return Prompt(prompt, "", task="text", cluster="text", domain="text", id=str(index))
+
+
 def trace_routing(
     model: EncoderDecoder,
-    prompts: Sequence[Prompt],
+    prompts: Any,
     *,
     batch_size: int = 32,
     input_length: int | None = None,
@@ -184,6 +215,8 @@ def trace_routing(
     """Run prompts with teacher forcing and record the decisions of all routers.
 
     Args:
+      prompts: `Prompt`s or texts; or what they are drawn from: a `Task`, a `Mixture`, rows or a
+        path as for `mk.task` (their first 512 training prompts), or a `Corpus` (`text_prompts`).
       input_length: longest input, default the model's max_length. Longer inputs are cut from the
         left and counted.
       target_length: longest target. Longer targets are cut from the right.
@@ -194,6 +227,7 @@ def trace_routing(
     """
     if not model.cfg.num_experts:
         raise ValueError(f"{model.cfg.name} is dense: it has no routing to trace")
+    prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("no prompts to trace")
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)

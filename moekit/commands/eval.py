@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.commands.environment import keep_compiled_programs
-from moekit.commands.flags import names, require_at_least, require_seed
+from moekit.commands.flags import names, one_or_several, require_at_least, require_seed
 from moekit.commands.output import AsJson, print_result
 from moekit.commands.routers import checkpoint_router
 
@@ -14,6 +14,9 @@ def evaluate(
     checkpoint: Path,
     *,
     suite: str = "builtin",
+    input: str = "",
+    target: str = "",
+    option_columns: tuple[str, ...] = (),
     harness: str = "",
     shots: int | None = None,
     chain_of_thought: bool | None = None,
@@ -28,7 +31,13 @@ def evaluate(
 
     Args:
       checkpoint: Folder of the model: a checkpoint or a run's workdir.
-      suite: Names separated by commas (mmlu, mmlu-cot, bbh, reasoning, niv2/task..), or paper.
+      suite: Names separated by commas (mmlu, mmlu-cot, bbh, reasoning, niv2/task..), or paper;
+        files of your own rows such as my.jsonl, too.
+      input: Column of the input in files of your own, or a text with {column} in it; by default a
+        usual name, such as question.
+      target: Column of the answer in files of your own; by default a usual name, such as answer.
+      option_columns: Column that lists the options in files of your own, columns with one option
+        each, or the labels of all rows.
       harness: Run these tasks of the lm-evaluation-harness instead.
       shots: Exemplars in each prompt; by default the suite's own number.
       chain_of_thought: Whether prompts ask for reasoning first; by default as the suite does.
@@ -47,7 +56,12 @@ def evaluate(
     if harness:
         result, text = _run_harness(checkpoint, router, harness, shots, limit)
     else:
-        suites = mk.suites(suite)
+        suites = mk.suites(
+            suite,
+            input=input or None,
+            target=target or None,
+            options=one_or_several(option_columns),
+        )
         model = mk.load(checkpoint, router=checkpoint_router(router))
         results = []
         for each in suites:

@@ -1,5 +1,7 @@
 """Flags that several verbs share: lists, mesh axes, and numbers with a lower bound."""
 
+from collections.abc import Sequence
+
 MESH_AXES = ("data", "expert", "model")
 MAX_SEED = 2**32 - 1
 
@@ -7,6 +9,13 @@ MAX_SEED = 2**32 - 1
 def names(text: str) -> tuple[str, ...]:
     """The names in a list that is separated by commas, such as mmlu,bbh."""
     return tuple(name for name in text.split(",") if name)
+
+
+def one_or_several(words: Sequence[str]) -> str | list[str] | None:
+    """The words of a flag that takes a column or several: None, one word, or a list of them."""
+    if not words:
+        return None
+    return words[0] if len(words) == 1 else list(words)
 
 
 def mesh_axes(text: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
-"""moekit train: a preset or a checkpoint, on a mixture or a corpus."""
+"""moekit train: a preset or a checkpoint, on a mixture, a corpus or files of one's own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +8,13 @@ import tyro
 
 import moekit as mk
 from moekit.commands.environment import keep_compiled_programs, keep_freed_memory
-from moekit.commands.flags import mesh_axes, names, require_seed
+from moekit.commands.flags import mesh_axes, names, one_or_several, require_seed
 from moekit.commands.model_flags import SetFlag, model_config, read_settings
 from moekit.commands.output import AsJson, print_result
 from moekit.commands.routers import checkpoint_router, is_file_router
 from moekit.data.mixture import Mixture
+from moekit.data.own_mixture import JointSource
+from moekit.data.tasks import Task
 from moekit.data.text import Corpus
 from moekit.train_config import TrainConfig
 
@@ -22,7 +25,11 @@ def train(
     workdir: Path,
     *,
     preset: str = "st-nano",
-    mixture: str = "builtin",
+    task: tuple[Path, ...] = (),
+    input: str = "",
+    target: str = "",
+    options: tuple[str, ...] = (),
+    mixture: str = "",
     source: str = "local",
     hold_out: str = "",
     corpus: str = "",
@@ -38,18 +45,27 @@ def train(
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = DEFAULTS,
     json: AsJson = False,
 ) -> int:
-    """Train a preset or a checkpoint on a mixture or a corpus.
+    """Train a preset or a checkpoint on a mixture, a corpus or files of your own.
 
-    The same command resumes a run that was interrupted.
+    The same command resumes a run that was interrupted. Of --task, --mixture and --corpus, those
+    that are given have equal shares of the examples.
 
     Args:
       workdir: Folder for metrics and checkpoints; a run that it holds is resumed.
       preset: Model to train, one of `moekit doctor --presets`.
-      mixture: FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation.
+      task: Files or folders of your own rows: .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet.
+      input: Column of the input in these files, or a text with {column} in it; by default a usual
+        name, such as question.
+      target: Column of the answer in these files; by default a usual name, such as answer.
+      options: Column that lists the options in these files, columns with one option each, or the
+        labels of all rows.
+      mixture: FLAN mixture: builtin, flan2022, flan-t5 or flan-ablation; builtin by default, if
+        there is neither --task nor --corpus.
       source: Source of the mixture: local (the data folder), hub (ready-made) or hub-raw (raw
         sets of the hub with our templates).
       hold_out: Leave out tasks that overlap with these suites, such as mmlu,bbh.
-      corpus: Pretrain on this text instead: builtin, local, or parts such as books,speeches.
+      corpus: Pretrain on this text: builtin, local, parts such as books,speeches, or a file or
+        folder of your own (.txt, .md, .jsonl, .csv, .parquet).
       checkpoint: Start from this model instead of a new one.
       router: Another router: switch, top2, gshard, expert-choice, loss-free, hash, random, or one
         of your own as FILE.py:NAME.
@@ -79,10 +95,11 @@ def train(
         model = mk.load(checkpoint, router=checkpoint_router(router), mesh=devices)
         if changes:
             model = mk.with_config(model, model.cfg.replace(**changes))
-        data = _training_data(mixture, source, hold_out, corpus, on_error)
     else:
         cfg = model_config(preset, settings, router, tokenizer)
-        data = _training_data(mixture, source, hold_out, corpus, on_error)
+    tasks = _own_tasks(task, input, target, options, on_error)
+    data = _training_data(tasks, mixture, source, hold_out, corpus, on_error)
+    if not checkpoint:
         model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
     run = mk.train(model, data, config, workdir=workdir)
     if distributed.is_first():
@@ -95,10 +112,37 @@ def train(
 COMMAND = train
 
 
+def _own_tasks(
+    paths: Sequence[Path], input: str, target: str, options: Sequence[str], on_error: str
+) -> list[Task]:
+    """The tasks of files of the user's."""
+    if (input or target or options) and not paths:
+        raise ValueError("--input, --target and --options name columns of --task: name its file")
+    tasks = []
+    for path in paths:
+        task = mk.task(
+            path,
+            input=input or None,
+            target=target or None,
+            options=one_or_several(options),
+            on_error=on_error,
+        )
+        tasks.append(task)
+    return tasks
+
+
 def _training_data(
-    mixture: str, source: str, hold_out: str, corpus: str, on_error: str
-) -> Mixture | Corpus:
-    """The corpus if one is named, else the mixture."""
+    tasks: list[Task], mixture: str, source: str, hold_out: str, corpus: str, on_error: str
+) -> Mixture | Corpus | JointSource:
+    """What was named, in equal shares; the builtin mixture if nothing was."""
+    parts: dict[Mixture | Corpus, float] = {}
+    if tasks:
+        parts[mk.mixture(tasks)] = 1.0
+    if mixture or not (tasks or corpus):
+        flan = mk.flan_mixture(
+            mixture or "builtin", source=source, hold_out=names(hold_out), on_error=on_error
+        )
+        parts[flan] = 1.0
     if corpus:
-        return mk.corpus(corpus)
-    return mk.flan_mixture(mixture, source=source, hold_out=names(hold_out), on_error=on_error)
+        parts[mk.corpus(corpus, on_error=on_error)] = 1.0
+    return next(iter(parts)) if len(parts) == 1 else mk.mixture(parts)

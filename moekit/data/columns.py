@@ -13,7 +13,7 @@ from moekit.data.files import BadRow
 from moekit.data.tasks import LETTERS, Example
 
 _CALCULATOR = re.compile(r"<<[^>]*>>|\n?####.*")  # marks in the solutions of GSM8K
-_PLACE = re.compile(r"\{([\w.]+)(\?)?\}")
+PLACE = re.compile(r"\{([^{}]+?)(\?)?\}")
 _OPTION_LINE = re.compile(r"(?:- )?(\([A-Z]\))?(.*)")
 
 
@@ -62,7 +62,7 @@ class Columns:
     def used(self) -> list[str]:
         """The columns that are needed, without what is inside them."""
         texts = [*self.fields.values(), self.rationale, self.domain]
-        places = [place for text in texts for place in _PLACE.findall(text)]
+        places = [place for text in texts for place in PLACE.findall(text)]
         options = self.options if isinstance(self.options, list) else [self.options]
         keys = [self.keys] if isinstance(self.keys, str) else []
         needed = [column for column, optional in places if not optional]
@@ -149,6 +149,8 @@ class Columns:
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """The value of column "a" or of "a.b"; BadRow if it is missing."""
+    if column in row:
+        return row[column]
     value: Any = row
     for name in column.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -177,7 +179,7 @@ def fill(text: str, row: Mapping[str, Any], separator: str = ", ") -> str:
             return ""
         return text_of(value_of(row, column), column, separator)
 
-    return _PLACE.sub(column_text, text)
+    return PLACE.sub(column_text, text)
 
 
 def _shown(value: Any) -> str:

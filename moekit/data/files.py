@@ -267,8 +267,15 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
-    """Rows of a .csv or .tsv; without column names the first row has them."""
-    for number, cells in _tsv_cells(path) if path.suffix == ".tsv" else _csv_cells(path):
+    """Rows of a .csv or .tsv; without column names the first row has them.
+
+    A .tsv with such a header may quote cells, as pandas writes them; FLAN's have no quotes.
+    """
+    if path.suffix == ".tsv" and columns:
+        numbered_cells = _tsv_cells(path)
+    else:
+        numbered_cells = _csv_cells(path, "\t" if path.suffix == ".tsv" else ",")
+    for number, cells in numbered_cells:
         if isinstance(cells, BadRow):
             yield number, cells
         elif any(not _is_utf8(cell) for cell in cells):
@@ -287,8 +294,9 @@ def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, [cell.replace("\\n", "\n") for cell in cells]
 
 
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+def _csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | BadRow]]:
+    lines = (line for _, line in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
             cells = next(reader)

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moekit.data.collection import cluster_of
+from moekit.data.column_names import INPUTS, INSTRUCTIONS, OPTIONS, TARGETS
 from moekit.data.files import KINDS, BadRow, OnError, files_digest, is_data_file, read
 from moekit.data.tables import Rows, on_disk, rows_by_name, stored_example
 from moekit.data.tasks import Example, Task, Template, templates
@@ -31,11 +32,6 @@ FOLDERS = {  # of each group
     "dialog": ("dialog",),
     "program": ("program",),
 }
-INSTRUCTIONS = ("instruction", "definition")
-INPUTS = ("inputs_pretokenized", "inputs", "input", "prompt", "source", "context", "passage")
-TARGETS = ("targets_pretokenized", "targets", "target", "outputs", "output", "completion")
-TARGETS += ("response", "answers", "answer", "label")
-OPTIONS = ("options", "answer_choices", "choices")
 SPLITS = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}
 COT_COLUMNS = ("question", "answer", "rationale")  # of FLAN's .tsv files
 AS_IT_IS = (Template("{instruction}"),)

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from moekit.data.builtin.tasks import builtin_tasks
 from moekit.data.datasets import Access, dataset, dataset_task, find_copy
 from moekit.data.files import data_dir as data_folder
+from moekit.data.mixture import Mixture
 from moekit.data.niv2 import niv2_tasks
+from moekit.data.own import evaluation_task, task as own_task
+from moekit.data.own_rows import is_path
 from moekit.data.published import bbh_tasks, mmlu_tasks
 from moekit.data.tasks import Example, Task
 from moekit.errors import unknown
@@ -69,16 +73,36 @@ class Suite:
     missing: tuple[str, ...] = ()
 
 
-def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
+def suite(
+    name: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    input: str | None = None,
+    target: str | None = None,
+    options: str | Sequence[str] | None = None,
+) -> Suite:
     """The suite of that name: "builtin" (its held-out clusters), "builtin-heldin" (unseen objects
     of trained tasks), or one of the data folder or the hub; with "-cot" appended, by chain of
     thought. "niv2/<task>" is a single task of Super-NaturalInstructions.
 
+    The path of a file or folder of your own rows is a suite, too: all rows are evaluated, and
+    exemplars come from the other ones. Of a folder with a test split, that split is evaluated.
+
+    Args:
+      input, target, options: columns of your own rows, as for `mk.task`.
+
     Raises:
-      ValueError: an unknown name.
-      FileNotFoundError: neither the data folder nor the hub has this suite.
+      ValueError: an unknown name, or rows that cannot be used.
+      FileNotFoundError: neither the data folder nor the hub has this suite; no such file.
     """
-    base = name.removesuffix("-cot")
+    base = str(name).removesuffix("-cot")
+    if is_own(name):
+        task = evaluation_task(name, input=input, target=target, options=options)
+        return Suite(task.name, (task,))
+    if input or target or options:
+        raise ValueError(
+            f"suite {name} has columns of its own: name columns of a file of yours only"
+        )
     if base.startswith("niv2/"):
         found = _single_niv2(base, data_folder(data_dir))
     elif base not in SUITES:
@@ -94,10 +118,69 @@ def suite(name: str, *, data_dir: str | Path | None = None) -> Suite:
     return replace(found, name=name)
 
 
-def suites(names: str, *, data_dir: str | Path | None = None) -> list[Suite]:
-    """The suites of a comma-separated list; "paper" names the four of its average."""
+def is_own(name: str | Path) -> bool:
+    """Whether a suite is a file or folder of a user's own, not one of a known name."""
+    base = str(name).removesuffix("-cot")
+    is_known = base in SUITES or base.startswith("niv2/")
+    return is_path(name) and not is_known
+
+
+def suites(
+    names: str,
+    *,
+    data_dir: str | Path | None = None,
+    input: str | None = None,
+    target: str | None = None,
+    options: str | Sequence[str] | None = None,
+) -> list[Suite]:
+    """The suites of a comma-separated list; "paper" names the four of its average.
+
+    Args:
+      input, target, options: columns of the files of your own among them, as for `mk.task`.
+    """
     listed = ",".join(PAPER) if names == "paper" else names
-    return [suite(name.strip(), data_dir=data_dir) for name in listed.split(",")]
+    found = []
+    for name in map(str.strip, listed.split(",")):
+        if is_own(name):
+            found.append(suite(name, input=input, target=target, options=options))
+        else:
+            found.append(suite(name, data_dir=data_dir))
+    return found
+
+
+def as_suite(source: Any) -> Suite:
+    """What `mk.evaluate` accepts, as a suite.
+
+    A suite is returned as it is. A task, several tasks, a mixture (its tasks) and own rows (read as
+    by `mk.task`) are evaluated on the first split of "test" and "valid" that all of them have.
+
+    Raises:
+      ValueError: a task has neither of these splits, or the source is no rows.
+    """
+    if isinstance(source, Suite):
+        return source
+    if isinstance(source, str) and not is_own(source):
+        return suite(source)
+    if isinstance(source, Mixture):
+        name, tasks = source.name, source.tasks
+    elif isinstance(source, Task):
+        name, tasks = source.name, (source,)
+    elif isinstance(source, list | tuple) and all(isinstance(each, Task) for each in source):
+        name, tasks = "tasks", tuple(source)
+    elif hasattr(source, "token_pairs"):
+        kind = type(source).__name__
+        raise ValueError(f"a {kind} has no questions to evaluate: give tasks, a suite or rows")
+    else:
+        task = own_task(source)
+        name, tasks = task.name, (task,)
+    return Suite(name, tasks, _evaluated_split(tasks))
+
+
+def _evaluated_split(tasks: Sequence[Task]) -> str:
+    for split in ("test", "valid"):
+        if all(split in task.splits for task in tasks):
+            return split
+    return "test"
 
 
 def _builtin(held_out: bool) -> tuple[Task, ...]:

@@ -17,6 +17,7 @@ from flax import nnx
 from moekit.config import TrainConfig
 from moekit.data.batch import Batch, stack_rows
 from moekit.data.loader import batches
+from moekit.data.own_mixture import as_source
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.distributed import allgather_objects, is_first, make_global_batch, process_shard
@@ -428,14 +429,17 @@ def train(
     on_log: OnLog | Sequence[OnLog] = (),
     resume: bool = True,
 ) -> Run:
-    """Train a model in place on a `Mixture` or `Corpus` and return the run.
+    """Train a model in place on a `Mixture`, a `Corpus` or your own rows and return the run.
 
     Args:
+      source: a `Mixture`, a `Corpus`, a `Task`, or what `mk.task` reads: a path, a list of dicts, a
+        DataFrame, a data set. A text file or a folder of them is read as by `mk.corpus`.
       workdir: folder of metrics.jsonl and checkpoints. A second call with the same arguments
         resumes from the newest checkpoint and equals a run that was never interrupted. Learning
         rate, schedule, warm-up and clip_norm may differ: the run then continues with the new ones.
       tokenizer: default the one that the model's configuration names.
-      eval_source: its "valid" split gives valid_loss every eval_every steps and at the end.
+      eval_source: likewise; its "valid" split gives valid_loss every eval_every steps and at the
+        end.
       callbacks: (step, model) -> {name: value}, called and logged at the same times, after the
         checkpoint of that step was written.
       on_log: function or functions that get every row of the log on process 0, after it was
@@ -454,11 +458,11 @@ def train(
     check_settings(model, config, tokenizer)
     trainer = Trainer(
         model,
-        source,
+        as_source(source),
         config,
         tokenizer,
         workdir=None if workdir is None else Path(workdir),
-        eval_source=eval_source,
+        eval_source=None if eval_source is None else as_source(eval_source),
         callbacks=callbacks,
         on_log=[on_log] if callable(on_log) else on_log,
     )
