@@ -129,6 +129,28 @@ def test_train_eval_and_resume(tmp_path, capsys):
     assert code == 2 and "weight_decay" in err and "another" in err
 
 
+def test_own_files_are_trained_and_evaluated_on(tmp_path, capsys):
+    rows = [
+        {"Frage": f"Was ist {i}?", "Wahl": ["x", "y"], "Antwort": "xy"[i % 2]} for i in range(9)
+    ]
+    mine, notes = tmp_path / "mine.jsonl", tmp_path / "notes"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes.mkdir()
+    (notes / "a.txt").write_text("some text " * 300)
+    columns = ["--input", "Frage", "--target", "Antwort"]
+    flags = ["--task", mine, *columns, "--options", "Wahl", "--corpus", notes]
+    code, out, err = run(capsys, "train", "--workdir", tmp_path / "r", *flags, *SMALL, "--json")
+    assert code == 0, err
+    assert json.loads(out)["step"] == 2
+    flags = ["--suite", mine, *columns, "--option-columns", "Wahl", "--limit", "2"]
+    code, out, err = run(capsys, "eval", "--checkpoint", tmp_path / "r", *flags, "--json")
+    assert code == 0, err
+    (suite,) = json.loads(out)["suites"]
+    assert suite["mean"]["n"] == 2 and suite["mean"]["metric"] == "accuracy"
+    code, _, err = run(capsys, "train", "--workdir", tmp_path / "s", "--task", mine, *SMALL)
+    assert code == 2 and "has the columns 'Frage', 'Wahl', 'Antwort'" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -155,6 +177,10 @@ def test_train_eval_and_resume(tmp_path, capsys):
         (["train", "--mixture", "flan2023"], "did you mean 'flan2022'"),
         (["train", "--mixture", "flan2022"], "set the environment variable MOEKIT_DATA"),
         (["train", "--corpus", "local"], "set the environment variable MOEKIT_DATA"),
+        (["train", "--task", "no.jsonl"], "no file or folder no.jsonl"),
+        (["train", "--input", "question"], "name its file"),
+        (["train", "--corpus", "no/notes"], "no file or folder no/notes"),
+        (["eval", "--checkpoint", "nowhere", "--suite", "no.jsonl"], "no file or folder no.jsonl"),
         (["train", "--batch-tokens", "8"], "less than one row"),
         (["train", "--input-length", "8000"], "exceeds st-nano's max_length 4096"),
         (["train", "--tokenizer", "no.model"], "no SentencePiece model at no.model"),

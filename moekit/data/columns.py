@@ -175,6 +175,8 @@ def fill(text: str, row: Mapping[str, Any], separator: str = ", ") -> str:
 
     def column_text(place: re.Match) -> str:
         column, optional = place.groups()
+        if f"{column}?" in row:
+            column, optional = f"{column}?", ""
         if optional and row.get(column) in (None, "", []):
             return ""
         return text_of(value_of(row, column), column, separator)

@@ -68,7 +68,8 @@ def corpus(
     in subfolders), or a list of strings or of `mk.Document`. The domain of a document is the
     subfolder of its file, or the file's name where there are no more than 32 files beside it.
     Files named train, valid, dev or test are splits. Else, of 50 documents or more every 50th
-    validates; of fewer, the last twentieth of each that has 2,000 characters or more.
+    validates; of fewer, the last twentieth of each that has 2,000 characters or more, or the last
+    one if none is that long.
 
     Args:
       folder: the data folder.
@@ -152,17 +153,24 @@ def _of_split(splits: dict[str, list[Document]], split: str) -> list[Document]:
 
 def _with_validation(documents: list[Document]) -> dict[str, list[Document]]:
     """Documents for training and validation."""
-    long_ones = [each for each in documents if len(each.text) >= LONG_ENOUGH]
-    if len(documents) == 1 and not long_ones:
-        return {"train": documents}
-    if len(documents) >= EVERY or not long_ones:
-        return {split: _every_50th(documents, split) for split in ("train", "valid")}
+    if len(documents) >= EVERY:
+        return _without_every(documents, EVERY)
+    if all(len(each.text) < LONG_ENOUGH for each in documents):
+        return _without_every(documents, max(2, len(documents)))
     heads, tails = [], []
     for document in documents:
         head, tail = _divide(document)
         heads.append(head)
         tails += tail
     return {"train": heads, "valid": tails}
+
+
+def _without_every(documents: Sequence[Document], every: int) -> dict[str, list[Document]]:
+    """Documents of which each n-th validates; a single one only trains."""
+    splits: dict[str, list[Document]] = {"train": [], "valid": []}
+    for number, document in enumerate(documents, 1):
+        splits["train" if number % every else "valid"].append(document)
+    return splits
 
 
 def _divide(document: Document) -> tuple[Document, list[Document]]:

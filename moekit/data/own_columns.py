@@ -201,9 +201,9 @@ class _Chooser:
         if named is not None:
             self.check(named)
             return named
-        column = self.find(
-            OWN_TARGETS, (str, int, list, Mapping), *_places(input or ""), input or ""
-        )
+        in_input = [place for place, _ in PLACE.findall(input or "")]
+        kinds = (str, int, list, Mapping)
+        column = self.find(OWN_TARGETS, kinds, input or "", *in_input)
         if not column:
             raise self.none_found("target")
         value = self.first_value(column)
@@ -240,8 +240,9 @@ class _Chooser:
         if named in self.columns or not PLACE.search(named):
             self.check(named)
             return f"{{{named}}}"
-        for column in _places(named):
-            self.check(column)
+        for column, _ in PLACE.findall(named):
+            if f"{column}?" not in self.columns:
+                self.check(column)
         return named
 
     def usual_input(self, target: str) -> str:
@@ -317,11 +318,6 @@ class _Chooser:
 def _is_missing(value: Any) -> bool:
     is_blank = isinstance(value, str) and not value.strip()
     return is_blank or value is None or value == []
-
-
-def _places(text: str) -> list[str]:
-    """The columns in a text."""
-    return [column for column, _ in PLACE.findall(text)]
 
 
 def _required_places(texts: Iterable[str]) -> list[str]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 OWN_FORMATS = PromptFormats(few_shot=0.0, no_options=0.0)
 _WINDOW = 8192  # examples within which tasks and text are shuffled
-Part = Task | Mixture | Corpus | str
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,10 @@ class JointSource:
 
     def labels(self, split: str) -> tuple[tuple[str, str], ...]:
         """The labels of all sources, for statistics."""
-        return sum((source.labels(split) for source in self.sources), ())
+        labels: list[tuple[str, str]] = []
+        for source in self.sources:
+            labels += source.labels(split)
+        return tuple(labels)
 
     def digest(self) -> str:
         """Twelve hexadecimal digits for the sources and their rates."""
@@ -94,7 +96,7 @@ def _shift_label(offset: int, pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mixture(
-    rates: Mapping[Part, float] | Sequence[Task],
+    rates: Mapping[Any, float | int] | Sequence[Any],
     *,
     source: str = "local",
     data_dir: str | Path | None = None,
@@ -122,6 +124,7 @@ def mixture(
     """
     if not isinstance(rates, Mapping):
         rates = {each: each.train_size for each in _tasks_only(rates)}
+    rates = {part: float(rate) for part, rate in rates.items()}
     for part, rate in rates.items():
         if not rate > 0 or rate == float("inf"):
             raise ValueError(f"rate of {_name(part)} is {rate}; use a number above 0")
@@ -131,10 +134,10 @@ def mixture(
     if not corpora:
         return tasks
     sources = [*corpora]
-    weights = [float(rates[each]) for each in corpora]
+    weights = [rates[each] for each in corpora]
     if tasks:
         sources.append(tasks)
-        weights.append(float(sum(others.values())))
+        weights.append(sum(others.values()))
     total = sum(weights)
     return JointSource(tuple(sources), tuple(weight / total for weight in weights))
 
@@ -145,15 +148,16 @@ def _tasks_only(parts: Iterable[Any]) -> list[Task]:
         if not isinstance(part, Task):
             kind = type(part).__name__
             raise ValueError(f"a list of tasks holds a {kind}: give a dict with its rate instead")
+    _check_names(found)
     return found
 
 
-def _name(part: Part) -> str:
-    return part if isinstance(part, str) else part.name
+def _name(part: Any) -> str:
+    return str(getattr(part, "name", part))
 
 
 def _mixture_of_tasks(
-    rates: Mapping[Task | Mixture | str, float],
+    rates: Mapping[Any, float],
     source: str,
     data_dir: str | Path | None,
     name: str,
@@ -182,7 +186,7 @@ def _mixture_of_tasks(
     )
 
 
-def _as_mixture(part: Task | Mixture | str, source: str, data_dir: str | Path | None) -> Mixture:
+def _as_mixture(part: Any, source: str, data_dir: str | Path | None) -> Mixture:
     """A key of `mixture` as a mixture."""
     if isinstance(part, Mixture):
         return part

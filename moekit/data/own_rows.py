@@ -77,16 +77,16 @@ class OwnData:
         Raises:
           ValueError: there are no rows, or none of the first ones can be used.
         """
-        problem = f"{self.sources[0].name} is empty: it has no rows"
+        problem = ""
         found: list[dict] = []
         for source in self.sources:
             for number, row in itertools.islice(source.rows(), count - len(found)):
                 if isinstance(row, dict):
                     found.append(row)
-                elif not found:
-                    problem = f"{source.name}:{number}: {row}"
+                else:
+                    problem = problem or f"{source.name}:{number}: {row}"
         if not found:
-            raise ValueError(problem)
+            raise ValueError(problem or f"{self.sources[0].name} is empty: it has no rows")
         return found
 
     @property
