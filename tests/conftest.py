@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+from moekit.commands.environment import fast_compilation
+
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# small programs that run once: compile fast instead of well (without the emitters of fusions a
-# training step compiles in half of the time)
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# small programs that run once: compile fast instead of well
+os.environ["XLA_FLAGS"] = fast_compilation()
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
