@@ -130,6 +130,33 @@ batch = next(stream)
 mk.show(mk.plot_packing(batch), "04-packing")
 
 # %% [markdown]
+# ## Your own data
+# `mk.task` makes a task of rows: a list of dicts as here, a pandas DataFrame, a `datasets.Dataset`,
+# or the path of a .jsonl, .csv or .parquet file. Columns with usual names are found; other names are
+# given. A part of the rows validates. `mk.mixture` mixes own tasks with others at the rates given.
+
+# %%
+rows = [{"frage": f"{n} + {n + 1} = ?", "antwort": str(2 * n + 1)} for n in range(200)]
+mine = mk.task(rows, input="frage", target="antwort", name="sums")
+both = mk.mixture({mine: 0.3, mixture: 0.7})
+prompt = next(prompt for prompt in both.sample(50) if prompt.task == "sums")
+print("input: ", prompt.input)
+print("target:", prompt.target)
+print({split: len(mine.examples(split)) for split in mine.splits}, "metric:", mine.metric)
+drawn = sum(prompt.task == "sums" for prompt in both.sample(1000)) / 1000
+print(f"share of sums among 1,000 prompts: {drawn:.1%}; its rate is {both.rates['sums']:.1%}")
+
+# %% [markdown]
+# A column that does not exist, an empty file or a row without an answer gives one error that shows
+# the columns found or the row.
+
+# %%
+try:
+    mk.task(rows, input="question", target="antwort")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
 # ## Exercises
 # 1. Build a mixture of two tasks at rates 3 to 1: `mk.flan_mixture({"addition": 3, "parity": 1})`.
 #    Check the draws.
