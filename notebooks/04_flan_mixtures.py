@@ -132,8 +132,8 @@ mk.show(mk.plot_packing(batch), "04-packing")
 # %% [markdown]
 # ## Your own data
 # `mk.task` makes a task of rows: a list of dicts as here, a pandas DataFrame, a `datasets.Dataset`,
-# or the path of a .jsonl, .csv or .parquet file. Columns with usual names are found; other names are
-# given. A part of the rows validates. `mk.mixture` mixes own tasks with others at the rates given.
+# or the path of a .jsonl, .csv or .parquet file. Columns with usual names are found, others are
+# named. A part of the rows validates. `mk.mixture` mixes own tasks with others at the rates given.
 
 # %%
 rows = [{"frage": f"{n} + {n + 1} = ?", "antwort": str(2 * n + 1)} for n in range(200)]
