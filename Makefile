@@ -6,8 +6,8 @@ STAMP := $(VENV)/installed
 
 .PHONY: colab colab-fast colab-python tour test lint lab notebooks figures bench parity release clean
 
-tour: $(STAMP)  ## execute all notebooks on the embedded data, print where to look
-	$(BIN)/moekit tour
+tour: $(STAMP)  ## execute all notebooks (or ONLY=00,01) on the embedded data, print where to look
+	$(BIN)/moekit tour $(if $(ONLY),--only $(ONLY))
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest

@@ -1,7 +1,6 @@
 """What differs between the supported versions of jax (0.7.2 and newer) and flax (0.11.2 and newer).
 
-Colab's runtimes come with the oldest of these. One flag of XLA differs as well: see
-`fast_compilation` in commands/environment.py.
+Colab's runtimes come with the oldest of these. No other module asks for a version.
 """
 
 import inspect

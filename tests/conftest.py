@@ -1,14 +1,20 @@
 """Eight virtual devices, checked shapes, no display, no network: set before any import."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
-from moekit.commands.environment import fast_compilation
+from packaging.version import Version
+
+# small programs that run once: compile fast instead of well
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+if Version(importlib.metadata.version("jaxlib")) < Version("0.11"):
+    # a third less; XLA ends a process that sets a flag which it does not know
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# small programs that run once: compile fast instead of well
-os.environ["XLA_FLAGS"] = fast_compilation()
+os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"

@@ -2,14 +2,11 @@
 
 import ctypes
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
 from pathlib import Path
-
-from packaging.version import Version
 
 from moekit.data.cache import cache_folder
 
@@ -51,28 +48,6 @@ def keep_freed_memory() -> None:
     for name, option, value in _MALLOC_OPTIONS:
         os.environ.setdefault(name, str(value))  # for processes that this one starts
         mallopt(option, int(os.environ[name]))
-
-
-def fast_compilation() -> str:
-    """XLA's flags that compile for the CPU in about a third of the time, into slower programs.
-
-    They switch off LLVM's optimizations and, where jaxlib has that flag (XLA ends a process that
-    sets an unknown one), the emitters of fusions.
-    """
-    flags = "--xla_backend_optimization_level=0"
-    if Version(importlib.metadata.version("jaxlib")) < Version("0.11"):
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    return flags
-
-
-def compile_fast_on_cpu() -> None:
-    """Set XLA_FLAGS for many small programs that each run for seconds (`fast_compilation`).
-
-    XLA_FLAGS of the environment are left as they are. To be called before jax starts; processes
-    that this one starts inherit it.
-    """
-    if not has_accelerator():
-        os.environ.setdefault("XLA_FLAGS", fast_compilation())
 
 
 def keep_compiled_programs() -> None:

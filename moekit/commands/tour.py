@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from moekit.commands.environment import compile_fast_on_cpu, keep_freed_memory
+from moekit.commands.environment import keep_freed_memory
 from moekit.commands.output import AsJson, print_result
 from moekit.progress import ProgressBar
 
@@ -29,9 +29,7 @@ def tour(
       in_place: Store the outputs in notebooks/ as well.
       only: Prefixes of the notebooks to execute, such as 01 or 00,01,05.
     """
-    # the kernels inherit both
-    keep_freed_memory()
-    compile_fast_on_cpu()
+    keep_freed_memory()  # the kernels inherit it
     rows = execute_notebooks(out, in_place=in_place, only=only)
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (
