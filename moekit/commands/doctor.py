@@ -48,7 +48,8 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, else None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -68,8 +69,8 @@ def _requirements() -> list[Requirement]:
 def _packages() -> tuple[dict[str, str | None], list[str]]:
     """Versions of the packages that moekit uses, and what is missing or too old."""
     requirements = _requirements()
-    versions = {"python": platform.python_version(), "moekit": _version("moekit")}
-    versions |= {each.name: _version(each.name) for each in requirements}
+    versions = {"python": platform.python_version(), "moekit": installed_version("moekit")}
+    versions |= {each.name: installed_version(each.name) for each in requirements}
     problems = []
     if not requirements:
         problems.append("moekit is not installed: pip install -e .")
@@ -80,7 +81,7 @@ def _packages() -> tuple[dict[str, str | None], list[str]]:
         elif not each.specifier.contains(version, prereleases=True):
             problems.append(f'{each.name} is {version}: pip install "{each}"')
     for package, extra in OPTIONAL.items():
-        if version := _version(package):
+        if version := installed_version(package):
             versions[package] = version
         else:
             problems.append(f'{package} (optional): pip install -e ".[{extra}]"')

@@ -1,11 +1,12 @@
 """The runtime of a notebook in three lines: device, versions, and what it is good for."""
 
-import importlib.metadata
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from moekit.commands.doctor import installed_version
 
 # what must fit together; the first cell of a notebook leaves these as the runtime has them
 STACK = ("jax", "jaxlib", "libtpu", "flax", "numpy")
@@ -35,21 +36,14 @@ def changed_since_import() -> list[str]:
     changed = []
     for name in STACK:
         loaded = getattr(sys.modules.get(name), "__version__", None)
-        installed = _version(name)
+        installed = installed_version(name)
         if loaded and installed and loaded != installed:
             changed.append(f"{name} {loaded} is loaded, but {installed} is installed")
     return changed
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> str:
-    versions = {name: _version(name) for name in STACK}
+    versions = {name: installed_version(name) for name in STACK}
     found = [f"{name} {version}" for name, version in versions.items() if version]
     return f"versions: Python {platform.python_version()}, {', '.join(found)}"
 
