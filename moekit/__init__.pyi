@@ -171,5 +171,8 @@ from .training.metrics import (
 from .training.step import (
     auxiliary_losses as auxiliary_losses,
 )
+from .training.upcycle import (
+    upcycle as upcycle,
+)
 
 __version__: str

@@ -16,7 +16,8 @@ from moekit.checks import (
 from moekit.errors import unknown
 from moekit.table import fields_table
 
-FREEZABLE = ("router", "experts", "moe")
+ALL_BUT_ROUTER = "all_but_router"
+FREEZABLE = ("router", "experts", "moe", ALL_BUT_ROUTER)
 OPTIMIZERS = ("adafactor", "adamw")
 REMATS = ("none", "dots", "full")
 SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
@@ -44,7 +45,8 @@ class TrainConfig:
       clip_norm: Maximum norm of the gradient; by default gradients are not clipped.
       z_loss: Coefficient of log(Z)^2 of the output logits.
       label_smoothing: Share of the target probability that is spread over the vocabulary.
-      freeze: Parts that keep their parameters: router, experts or moe (both).
+      freeze: Parts that keep their parameters: router, experts, moe (both) or all_but_router, which
+        trains the routers alone.
       remat: What the backward pass recomputes: none, dots (all but products with weights) or full
         (every layer from its input).
       seed: Seed of the parameters, the data order and dropout.
@@ -106,6 +108,10 @@ class TrainConfig:
         for part in self.freeze:
             if part not in FREEZABLE:
                 raise unknown("part to freeze", part, FREEZABLE)
+        if ALL_BUT_ROUTER in self.freeze and {"router", "moe"}.intersection(self.freeze):
+            raise ValueError(
+                f"freeze is {self.freeze}, which leaves nothing to train: give all_but_router alone"
+            )
         if self.batch_tokens < self.input_length + self.target_length:
             raise ValueError(
                 f"batch_tokens is {self.batch_tokens}, less than one row of {self.input_length} + "

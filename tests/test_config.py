@@ -114,6 +114,7 @@ def test_round_trip_and_digest(name):
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"batch_tokens": 100}, "less than one row of 512"),
         ({"freeze": ("routers",)}, "did you mean 'router'"),
+        ({"freeze": ("all_but_router", "moe")}, "which leaves nothing to train"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"clip_norm": INFINITY}, "clip_norm is inf"),

@@ -18,6 +18,7 @@ from moekit.data.tokenizer import Tokenizer
 from moekit.distributed import allgather_objects
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import batch_shards
+from moekit.train_config import ALL_BUT_ROUTER
 
 _SYNC_POINTS = itertools.count(1)  # of this process, over all its runs
 
@@ -40,6 +41,8 @@ def check_settings(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokeni
             f"cfg.replace(vocab_size={tokenizer.vocab_size})"
         )
     if config.freeze and not cfg.num_experts:
+        if ALL_BUT_ROUTER in config.freeze:
+            raise ValueError(f"{cfg.name} is dense: there is no router to train")
         raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
     check_batch(config, batch_shards(model.mesh))
     num_devices = jax.device_count()

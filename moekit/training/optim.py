@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moekit.config import TrainConfig
 from moekit.sharding import is_variable, variable_spec
+from moekit.train_config import ALL_BUT_ROUTER
 
 MIN_FACTORED_SIZE = 128  # a matrix with a smaller side keeps all its second moments
 STACKED_AXES = ("layers", "expert")  # logical axes along which every slice is updated by itself
@@ -181,6 +182,8 @@ def make_optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTran
 
 def is_frozen(path: Path, config: TrainConfig) -> bool:
     names = path_names(path)
+    if ALL_BUT_ROUTER in config.freeze:
+        return not FREEZABLE_PATHS["router"].issubset(names)
     return any(FREEZABLE_PATHS[part].issubset(names) for part in config.freeze)
 
 

@@ -28,6 +28,7 @@ CONFIG = TrainConfig(batch_tokens=4 * 80, input_length=64, target_length=16)
     [
         ("st", {"input_length": 8192, "batch_tokens": 16384}, "exceeds st-nano's max_length 4096"),
         ("t5", {"freeze": ("router",)}, "t5-nano is dense: there is no router to freeze"),
+        ("t5", {"freeze": ("all_but_router",)}, "t5-nano is dense: there is no router to train"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(name, changes, message):

@@ -191,5 +191,18 @@ def test_frozen_parts_are_not_updated_and_have_no_state(optimizer, freeze, movin
     assert not any(parts[freeze[0]] in "/".join(path_names(path)) for path, _ in leaves(state))
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+def test_routers_alone_have_state_when_they_alone_are_trained(optimizer):
+    cfg = mk.preset("st-nano").replace(d_model=16, d_ff=32, encoder_layers=1, decoder_layers=1)
+    params = nnx.eval_shape(lambda: nnx.state(mk.EncoderDecoder(cfg), nnx.Param))
+    config = TrainConfig(optimizer=optimizer, freeze=("all_but_router",))
+    state = jax.eval_shape(make_optimizer(config, params).init, params)
+    found = [path_names(path) for path, _ in leaves(state)]
+    of_parameters = [names for names in found if "encoder" in names]
+    assert of_parameters
+    assert all("router" in names for names in of_parameters)
+    assert not any("embedding_vd" in names for names in found)
+
+
 def leaves(tree):
     return jax.tree_util.tree_leaves_with_path(tree)

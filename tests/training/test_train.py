@@ -242,6 +242,15 @@ def test_loss_free_bias_moves_against_the_load():
     assert 0 < float(jnp.abs(bias).max()) <= 4 * 1e-3 + 1e-9
 
 
+def test_all_but_the_router_can_be_frozen():
+    config = CONFIG.replace(save_every=0, freeze=("all_but_router",), weight_decay=0.1)
+    trained = model("switch", router="loss-free")
+    before = arrays(trained)
+    mk.train(trained, TEXT, config)
+    for name, array in arrays(trained).items():
+        assert np.array_equal(array, before[name]) == ("moe/router/" not in name), name
+
+
 def test_every_mesh_trains_alike_with_one_program():
     """Also with every layer computed again in the backward pass."""
     config = CONFIG.replace(save_every=0, log_every=1, steps=3)
