@@ -16,13 +16,17 @@ from moekit.checks import (
     check_rate,
 )
 from moekit.errors import unknown
+from moekit.generation_config import GenerationSettings
 from moekit.moe import routing
-from moekit.moe.layer import ACTIVATIONS, check_dispatch
+from moekit.moe.layer import ACTIVATIONS, check_dispatch, check_expert_capacity
 from moekit.moe.routing import Router, Switch
 from moekit.table import fields_table
 from moekit.train_config import TrainConfig as TrainConfig
 
 DTYPES = ("float32", "bfloat16")
+# fields of later versions: at their default they are not stored, so that digests and checkpoints of
+# earlier versions still compare equal
+LATER_FIELDS = ("scaled_logits", "sparse_layer", "expert_capacity", "generation")
 
 
 class Parameters(NamedTuple):
@@ -36,19 +40,28 @@ class Parameters(NamedTuple):
 class ModelConfig:
     """An encoder-decoder T5 whose feed-forward layers may be sparse.
 
-    With S sparse of L layers in a stack, layer i is sparse when i mod (L / S) == L / S - 1.
+    With S sparse of L layers in a stack, one layer of every L / S is sparse: the last, or the one
+    that `sparse_layer` names.
 
     Args:
+      scaled_logits: whether output logits are divided by sqrt(d_model); default: when they are tied
+        to the embedding, as in T5 v1.0.
       num_experts: 0 is a dense model.
+      sparse_layer: which of those L / S layers is sparse, counted from 0 (transformers: 1, and 0
+        where every layer is sparse).
       expert_d_ff: hidden features of an expert; default d_ff.
       extra_d_ff: hidden features of ST-MoE's dense FFN after every MoE block; default none.
       decoder_router: default the encoder's.
       capacity_counts_k: True multiplies an expert's capacity by the router's choices (as
         Mesh-TensorFlow and GShard do), False does not (flaxformer).
+      expert_capacity: a fixed number of slots of every expert for each row of a batch, in training
+        and in evaluation, as in transformers' Switch (64 there); padding in a row is routed as well
+        and takes slots. Default: slots by the capacity factors, without padding (the papers).
       dispatch: "capacity", or "dropless": every token reaches its experts.
       allow_future_leak: permits routers that look at later tokens in the decoder.
       max_length: longest input in tokens.
-      tokenizer: "byte" or the path of a SentencePiece model.
+      tokenizer: "byte", or the path of a SentencePiece model or of a tokenizer.json.
+      generation: default settings of `generate`.
 
     Raises:
       ValueError: a combination that cannot be built.
@@ -64,6 +77,7 @@ class ModelConfig:
     vocab_size: int = 32_128
     activation: str = "gated_gelu"
     tied_logits: bool = False
+    scaled_logits: bool | None = None
     dropout: float = 0.0
     expert_dropout: float = 0.0
     relative_buckets: int = 32
@@ -71,6 +85,7 @@ class ModelConfig:
     num_experts: int = 0
     encoder_moe_layers: int = 0
     decoder_moe_layers: int = 0
+    sparse_layer: int | None = None
     expert_d_ff: int | None = None
     extra_d_ff: int | None = None
     router: Router | str = Switch()  # noqa: RUF009  a frozen dataclass
@@ -80,6 +95,7 @@ class ModelConfig:
     capacity_counts_k: bool = False
     min_capacity: int = 4
     group_size: int = 4096
+    expert_capacity: int | None = None
     dispatch: str = "capacity"
     balance_loss: float = 1e-2
     router_z_loss: float = 0.0
@@ -87,6 +103,7 @@ class ModelConfig:
     max_length: int = 2048
     tokenizer: str | None = None
     dtype: str = "float32"
+    generation: GenerationSettings = GenerationSettings()  # noqa: RUF009  a frozen dataclass
 
     def __post_init__(self) -> None:
         for field in ("router", "decoder_router"):
@@ -136,6 +153,11 @@ class ModelConfig:
             divisors = [number for number in range(1, layers + 1) if layers % number == 0]
             fix = f"of {layers} layers, use one of {divisors}"
             raise bad_field(self, self.name, f"{stack}_moe_layers", fix)
+        if sparse > 0 and self.sparse_layer is not None:
+            block = layers // sparse
+            if block > 1 and not 0 <= self.sparse_layer < block:
+                fix = f"one of {block} {stack} layers is sparse, so use 0 to {block - 1}"
+                raise bad_field(self, self.name, "sparse_layer", fix)
 
     def _check_routers(self) -> None:
         if self.encoder_moe_layers + self.decoder_moe_layers == 0:
@@ -148,6 +170,7 @@ class ModelConfig:
                 fix = f"{router} picks {choices} different experts"
                 raise bad_field(self, self.name, "num_experts", fix)
             check_dispatch(self.dispatch, router)
+        check_expert_capacity(self.expert_capacity, self.dispatch)
         is_causal = getattr(decoder_router, "causal", False)
         if self.decoder_moe_layers and not is_causal and not self.allow_future_leak:
             raise ValueError(
@@ -168,9 +191,23 @@ class ModelConfig:
                 raise unknown("field of ModelConfig", field, known)
         return dataclasses.replace(self, **changes)
 
+    @property
+    def logits_scale(self) -> float:
+        """What the output logits are multiplied by."""
+        is_scaled = self.tied_logits if self.scaled_logits is None else self.scaled_logits
+        return self.d_model**-0.5 if is_scaled else 1.0
+
     def moe_layers(self, stack: str) -> int:
         """Number of sparse layers of "encoder" or "decoder"."""
         return getattr(self, f"{stack}_moe_layers") if self.num_experts else 0
+
+    def sparse_layer_of(self, stack: str) -> int | None:
+        """The index in a block of the sparse layer of "encoder" or "decoder"; None when dense."""
+        num_sparse = self.moe_layers(stack)
+        if not num_sparse:
+            return None
+        last = getattr(self, f"{stack}_layers") // num_sparse - 1
+        return last if self.sparse_layer is None else min(self.sparse_layer, last)
 
     def stack_router(self, stack: str) -> Router:
         """The router of "encoder" or "decoder"."""
@@ -181,6 +218,8 @@ class ModelConfig:
     def active_experts(self, stack: str) -> int:
         """Experts that process a token: its choices, as far as evaluation has slots for them."""
         choices = getattr(self.stack_router(stack), "num_choices", 1)
+        if self.expert_capacity is not None and choices:
+            return choices  # as far as tokens do not exceed the slots
         slots = self.eval_capacity_factor
         if choices and self.capacity_counts_k:
             slots *= choices
@@ -258,10 +297,16 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; routers as {"router": class name, field: value, ..}."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in LATER_FIELDS or value != field.default:
+                values[field.name] = value
         for field in ("router", "decoder_router"):
             if values[field] is not None:
                 values[field] = _router_to_dict(values[field])
+        if "generation" in values:
+            values["generation"] = self.generation.to_dict()
         return values
 
     @classmethod
@@ -282,6 +327,8 @@ class ModelConfig:
         for field in ("router", "decoder_router"):
             if isinstance(values.get(field), Mapping):
                 values[field] = _router_from_dict(values[field], router)
+        if isinstance(values.get("generation"), Mapping):
+            values["generation"] = GenerationSettings.from_dict(values["generation"])
         return cls(**values)
 
     def digest(self) -> str:

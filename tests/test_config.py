@@ -5,6 +5,7 @@ import pytest
 
 import moekit as mk
 from moekit.config import TrainConfig, digest
+from moekit.generation_config import GenerationSettings
 from moekit.moe.routing import ExpertChoice, GShard, TopK
 
 INFINITY = float("inf")
@@ -78,6 +79,10 @@ def test_all_flavours_of_a_size_spend_their_dense_twins_flops(size):
         ({"router": ExpertChoice()}, "later tokens"),
         ({"router": TopK(k=2, priority="batch")}, "later tokens"),
         ({"decoder_router": GShard()}, 'GShard\\(priority="token"\\)'),
+        ({"expert_capacity": 0}, "expert_capacity is 0: use 1 or more"),
+        ({"expert_capacity": 4, "dispatch": "dropless"}, "has no slots"),
+        ({"sparse_layer": 2}, "one of 2 encoder layers is sparse, so use 0 to 1"),
+        ({"sparse_layer": -1}, "sparse_layer is -1"),
     ],
 )
 def test_what_cannot_be_built_says_what_to_change(changes, message):
@@ -103,6 +108,50 @@ def test_round_trip_and_digest(name):
     assert cfg.replace(dropout=0.5).digest() != cfg.digest()
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.d_model = 3
+
+
+def test_fields_of_later_versions_are_stored_only_when_they_are_set():
+    cfg = mk.preset("switch-nano")
+    fields = {
+        "scaled_logits": True,
+        "sparse_layer": 0,
+        "expert_capacity": 64,
+        "generation": GenerationSettings(num_beams=4, length_normalization="transformers"),
+    }
+    assert not fields.keys() & cfg.to_dict().keys()  # equals what earlier versions stored
+    changed = cfg.replace(**fields)
+    stored = json.loads(json.dumps(changed.to_dict()))
+    assert fields.keys() <= stored.keys()
+    assert mk.ModelConfig.from_dict(stored) == changed
+
+
+def test_the_sparse_layer_of_a_block():
+    cfg = mk.preset("switch-nano").replace(encoder_layers=4, decoder_layers=1)
+    assert cfg.sparse_layer_of("encoder") == 3 and cfg.sparse_layer_of("decoder") == 0
+    second = cfg.replace(sparse_layer=1)
+    assert second.sparse_layer_of("encoder") == 1 and second.sparse_layer_of("decoder") == 0
+    assert cfg.replace(encoder_moe_layers=0).sparse_layer_of("encoder") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; use 1 or more"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"top_k": -1}, "top_k is -1; use 0 or more"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": NAN}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5; use a probability"),
+        ({"length_penalty": INFINITY}, "length_penalty is inf"),
+        ({"length_normalization": "T5"}, "did you mean 't5'"),
+    ],
+)
+def test_generation_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**changes)
+    with pytest.raises(ValueError, match="did you mean 'num_beams'"):
+        GenerationSettings.from_dict({"num_beam": 4})
 
 
 @pytest.mark.parametrize(

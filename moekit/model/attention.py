@@ -23,10 +23,14 @@ def segment_mask(
     *,
     causal: bool = False,
 ) -> Bool[Array, "B 1 L M"]:
-    """True where query and key belong to the same example; segment 0 is padding."""
+    """True where query and key belong to the same example.
+
+    Segment 0 is padding: never a key, and as a query it attends to all keys of its row (what it
+    becomes matters only where padding is routed, as with `expert_capacity`).
+    """
     queries = queries[:, None, :, None]
     keys = keys[:, None, None, :]
-    mask = (queries == keys) & (keys > 0)
+    mask = ((queries == keys) | (queries == 0)) & (keys > 0)
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[2:], bool))
     return mask

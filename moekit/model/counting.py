@@ -39,13 +39,13 @@ def forward_flops(
     encoder = (
         cfg.encoder_layers * _self_attention_flops(cfg, sources, length)
         + _dense_ffn_flops(cfg, "encoder", sources)
-        + _sparse_ffn_flops(cfg, "encoder", sources, shards)
+        + _sparse_ffn_flops(cfg, "encoder", sources, length, shards)
     )
     decoder = (
         cfg.decoder_layers * _self_attention_flops(cfg, targets, target_length)
         + cfg.decoder_layers * _cross_attention_flops(cfg, targets, sources, length)
         + _dense_ffn_flops(cfg, "decoder", targets)
-        + _sparse_ffn_flops(cfg, "decoder", targets, shards)
+        + _sparse_ffn_flops(cfg, "decoder", targets, target_length, shards)
     )
     last = _last_product_flops(cfg, "encoder", sources)
     last += _last_product_flops(cfg, "decoder", targets)
@@ -79,14 +79,20 @@ def _dense_ffn_flops(cfg: ModelConfig, stack: str, tokens: int) -> int:
     return _dense_layers(cfg, stack) * tokens * 2 * parameters
 
 
-def _sparse_ffn_flops(cfg: ModelConfig, stack: str, tokens: int, shards: int) -> int:
+def _sparse_ffn_flops(
+    cfg: ModelConfig,
+    stack: str,
+    tokens: int,
+    length: int,
+    shards: int,
+) -> int:
     num_sparse = cfg.moe_layers(stack)
     if not num_sparse:
         return 0
     router = tokens * 2 * cfg.d_model * cfg.num_experts
     extra_d_ff = cfg.extra_d_ff or 0
     extra = tokens * 2 * cfg.ffn_parameters(extra_d_ff)
-    slots = shards * expert_slots(cfg, stack, tokens // shards)
+    slots = shards * expert_slots(cfg, stack, tokens // shards, length)
     expert_d_ff = cfg.expert_d_ff or cfg.d_ff
     experts = slots * 2 * cfg.ffn_parameters(expert_d_ff)
     return num_sparse * (router + extra + experts)
@@ -98,12 +104,15 @@ def _last_product_flops(cfg: ModelConfig, stack: str, tokens: int) -> int:
     return 2 * tokens * cfg.d_model * (dense + sparse)
 
 
-def expert_slots(cfg: ModelConfig, stack: str, tokens: int) -> int:
+def expert_slots(cfg: ModelConfig, stack: str, tokens: int, length: int) -> int:
     """Slots of all experts for one device's tokens in training; without slots (dropless): their
-    choices."""
+    choices. A row has `length` tokens."""
     router = cfg.stack_router(stack)
     if cfg.dispatch == "dropless":
         return tokens * router.num_choices
+    if cfg.expert_capacity is not None:
+        slots = min(cfg.expert_capacity, length)
+        return tokens // length * cfg.num_experts * slots
     num_groups = math.ceil(tokens / cfg.group_size)
     choices = 1
     if cfg.capacity_counts_k:

@@ -1,9 +1,9 @@
 """A stack of T5 layers, some of them with MoE, scanned over repeated blocks.
 
 B batch, L query length, M encoder length, D d_model. A stack repeats a block of
-`layers / sparse layers` layers (one when dense) whose last layer is sparse. Every parameter has a
-leading axis over the blocks, and `jax.lax.scan` runs over it, so that compile time does not grow
-with depth.
+`layers / sparse layers` layers (one when dense), one of which is sparse: the last, unless the
+configuration's `sparse_layer` names another. Every parameter has a leading axis over the blocks,
+and `jax.lax.scan` runs over it, so that compile time does not grow with depth.
 """
 
 import functools
@@ -197,6 +197,7 @@ def _moe(
         capacity_counts_k=cfg.capacity_counts_k,
         min_capacity=cfg.min_capacity,
         group_size=cfg.group_size,
+        expert_capacity=cfg.expert_capacity,
         dispatch=cfg.dispatch,
         activation=cfg.activation,
         expert_dropout=cfg.expert_dropout,
@@ -252,8 +253,7 @@ class Stack(nnx.Module):
         self.layers_per_block = num_layers // self.num_blocks
         self.blocks = ModuleList([])
         for index in range(self.layers_per_block):
-            is_last = index == self.layers_per_block - 1
-            sparse = num_sparse > 0 and is_last
+            sparse = index == cfg.sparse_layer_of(name)
             layer = Layer(cfg, name, sparse, stack=(self.num_blocks,), mesh=mesh, rngs=rngs)
             self.blocks.append(layer)
         self.bias = RelativeBias(
@@ -292,7 +292,9 @@ class Stack(nnx.Module):
                 x, table = jax.lax.optimization_barrier((x, table))
                 bias = replace(context.bias, table=table)
                 layer_context = replace(context, bias=bias)
-                x, routed = run_layer(layer, x, layer_context, layer_key, block_index)
+                x, layer_routed = run_layer(layer, x, layer_context, layer_key, block_index)
+                if layer_routed is not None:
+                    routed = layer_routed
             return constrain_batch(x), routed
 
         x = dropout(x, self.dropout_rate, first_key)

@@ -237,12 +237,13 @@ class EncoderDecoder(nnx.Module):
         return x.astype(jnp.dtype(self.cfg.dtype))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        if self.cfg.logits_scale != 1:
+            # T5 v1.0 scales tied logits, because rows of the embedding have unit variance
+            scaled = x.astype(jnp.float32) * self.cfg.logits_scale
+            x = scaled.astype(x.dtype)
         if self.head_dv is not None:
             return with_gathered_parameters(float32_logits, x.dtype, x, self.head_dv)
-        # T5 v1.0 scales tied logits, because rows of the embedding have unit variance
-        scaled = x.astype(jnp.float32) * self.cfg.d_model**-0.5
-        scaled = scaled.astype(x.dtype)
-        return with_gathered_parameters(_tied_logits, x.dtype, scaled, self.embedding_vd)
+        return with_gathered_parameters(_tied_logits, x.dtype, x, self.embedding_vd)
 
 
 def _output_head(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:

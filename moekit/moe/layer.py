@@ -27,7 +27,14 @@ from moekit.moe.capacity import combine, dispatch, dispatch_indices, group_capac
 from moekit.moe.dropless import ExpertFunction, ExpertInputs, block_size
 from moekit.moe.expert_parallel import ExpertParallel, parameter_layouts
 from moekit.moe.routing import OptionalKey, Router, Routing, Switch, check_router, check_routing
-from moekit.moe.stats import LayerStats, RouterBias, TokenRouting, layer_stats, token_routing
+from moekit.moe.stats import (
+    LayerStats,
+    RouterBias,
+    TokenRouting,
+    layer_stats,
+    token_routing,
+    without_padding,
+)
 from moekit.sharding import BATCH_AXES, MESH_AXES, check_mesh, param, use_mesh
 
 ACTIVATIONS = ("gated_gelu", "relu")
@@ -209,6 +216,23 @@ def check_dispatch(dispatch: str, router: Router) -> None:
         )
 
 
+def check_expert_capacity(expert_capacity: int | None, dispatch: str) -> None:
+    """Check a fixed number of slots.
+
+    Raises:
+      ValueError: it is below 1, or tokens are dispatched without slots (dropless).
+    """
+    if expert_capacity is None:
+        return
+    if expert_capacity < 1:
+        raise ValueError(f"expert_capacity is {expert_capacity}: use 1 or more, or None")
+    if dispatch == "dropless":
+        raise ValueError(
+            f'expert_capacity is {expert_capacity}, but dispatch="dropless" has no slots: use '
+            'expert_capacity=None or dispatch="capacity"'
+        )
+
+
 class Tokens(NamedTuple):
     """The inputs of a layer: [B, L, ..] or, in groups, [G, S, ..]."""
 
@@ -232,6 +256,10 @@ class MoE(nnx.Module):
       min_capacity: least number of slots per expert.
       group_size: tokens routed together; a device divides its tokens into equal groups of at most
         this size.
+      expert_capacity: a fixed number of slots per expert, instead of the capacity factors. Every
+        sequence (all tokens of an index of the first dimension of x) is then a group of its own,
+        and its padding is routed and takes slots in the order of the tokens, as in transformers'
+        Switch.
       dispatch: "capacity" gives every expert the same number of slots and drops what exceeds them
         (the paper's way); "dropless" dispatches every token, whatever the load.
       activation: "gated_gelu", "relu", or an elementwise function such as jnp.tanh.
@@ -240,7 +268,8 @@ class MoE(nnx.Module):
       mesh: experts are sharded over its expert axis (and their hidden features over model), the
         leading dimension of the input over data and expert.
 
-    Padding neither takes slots nor enters statistics; capacity is computed from the real tokens.
+    Padding neither takes slots (except with `expert_capacity`) nor enters statistics; capacity is
+    computed from the real tokens.
 
     Raises:
       ValueError: an argument is out of range; the router cannot be called by the layer, chooses
@@ -260,6 +289,7 @@ class MoE(nnx.Module):
         capacity_counts_k: bool = False,
         min_capacity: int = 4,
         group_size: int = 4096,
+        expert_capacity: int | None = None,
         dispatch: str = "capacity",
         activation: Activation = "gated_gelu",
         expert_dropout: float = 0.0,
@@ -278,6 +308,7 @@ class MoE(nnx.Module):
         if capacity_counts_k:
             self.capacity_choices = getattr(router, "num_choices", 1) or 1
         self.min_capacity, self.group_size = min_capacity, group_size
+        self.expert_capacity = expert_capacity
         self._check_arguments(d_ff, expert_dropout)
 
         with use_mesh(mesh):
@@ -317,6 +348,7 @@ class MoE(nnx.Module):
             raise ValueError(f"expert_dropout is {expert_dropout}: use 0 or more and less than 1")
         check_router(self.route)
         check_dispatch(self.dispatch, self.route)
+        check_expert_capacity(self.expert_capacity, self.dispatch)
         num_choices = getattr(self.route, "num_choices", 1) or 1
         if num_choices > self.num_experts:
             raise ValueError(
@@ -338,7 +370,8 @@ class MoE(nnx.Module):
 
         Args:
           x: tokens, of any number of leading dimensions.
-          mask: True for real tokens (default all). Padding, like dropped tokens, returns 0.
+          mask: True for real tokens (default all). Padding, like dropped tokens, returns 0 (with
+            `expert_capacity` what its expert returns).
           key: for training: turns the router's randomness and expert dropout on, and selects the
             training capacity factor.
           token_ids: for routers that read them (Hash).
@@ -385,7 +418,7 @@ class MoE(nnx.Module):
         """The layer on one device's tokens; statistics are those of all devices."""
         parallel, num_experts = self.parallel, self.num_experts
         route_key, dropout_key = (None, None) if key is None else jax.random.split(key)
-        groups = self._group(tokens)
+        groups, real = self._group(tokens, drop)
         # padding is zeroed: whatever it contains must not reach the router's gradient
         logits = self.router(jnp.where(groups.mask[..., None], groups.x, 0))
         routing = self._route(logits, groups, route_key, drop)
@@ -406,12 +439,18 @@ class MoE(nnx.Module):
 
         batch, length, _ = tokens.x.shape
         y = y[: batch * length].reshape(batch, length, self.d_model)
+        if self.expert_capacity is not None:
+            routing = without_padding(routing, real, num_experts)
         per_token = token_routing(routing, num_experts, (batch, length))
-        stats = parallel.psum(layer_stats(logits, groups.mask, routing), *BATCH_AXES)
+        stats = parallel.psum(layer_stats(logits, real, routing), *BATCH_AXES)
         return (y, per_token), stats
 
-    def _group(self, tokens: Tokens) -> Tokens:
-        """The same tokens in groups [G, S, ..], filled up with padding."""
+    def _group(self, tokens: Tokens, drop: bool) -> tuple[Tokens, Bool[Array, "G S"]]:
+        """The same tokens in groups [G, S, ..], filled up with padding, and the mask of the real
+        ones. The groups' own mask is True for those to route."""
+        if self.expert_capacity is not None and drop:
+            everything = jnp.ones_like(tokens.mask)
+            return tokens._replace(mask=everything), tokens.mask
         num_tokens = tokens.mask.size
         num_groups = max(1, math.ceil(num_tokens / self.group_size))
         group_tokens = max(1, math.ceil(num_tokens / num_groups))
@@ -421,14 +460,18 @@ class MoE(nnx.Module):
             flat = _pad_rows(array.reshape(num_tokens, *features), num_groups * group_tokens)
             return flat.reshape(num_groups, group_tokens, *features)
 
-        return jax.tree.map(to_groups, tokens)
+        groups = jax.tree.map(to_groups, tokens)
+        return groups, groups.mask
 
     def _route(
         self, logits: Float[Array, "G S E"], groups: Tokens, key: OptionalKey, drop: bool
     ) -> Routing:
         """The routing of each group, with a leading group axis."""
         num_groups, group_tokens = groups.mask.shape
-        if drop and self.dispatch == "capacity":
+        if drop and self.expert_capacity is not None:
+            capacity = min(self.expert_capacity, group_tokens)
+            limits = jnp.full(num_groups, capacity)
+        elif drop and self.dispatch == "capacity":
             capacity, limits = group_capacity(
                 groups.mask,
                 self.num_experts,

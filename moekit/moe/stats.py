@@ -4,7 +4,7 @@ Statistics are sums, which add across groups and devices; ratios are taken at th
 G groups, S tokens in a group, E experts, K choices per token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, no_type_check
 
 import jax
@@ -57,6 +57,18 @@ class TokenRouting:
 
 class RouterBias(nnx.Variable):
     """Per-expert bias of an auxiliary-loss-free router: state without a gradient."""
+
+
+def without_padding(routing: Routing, mask: Bool[Array, "G S"], num_experts: int) -> Routing:
+    """A routing of groups without the choices of padding."""
+    is_real = mask[..., None]
+    no_slot = num_experts * routing.capacity
+    return replace(
+        routing,
+        expert_index=jnp.where(is_real, routing.expert_index, num_experts),
+        combine_weight=jnp.where(is_real, routing.combine_weight, 0.0),
+        slot=jnp.where(is_real, routing.slot, no_slot),
+    )
 
 
 def layer_stats(

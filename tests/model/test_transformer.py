@@ -185,6 +185,23 @@ def test_every_router_and_expert_learns(flavour):
             assert np.isfinite(leaf).all() and float(jnp.abs(leaf).max()) > 0
 
 
+def test_any_layer_of_a_block_may_be_sparse():
+    cfg = small("switch", **ROOMY).replace(encoder_layers=2, decoder_layers=3, sparse_layer=1)
+    model = mk.EncoderDecoder(cfg, seed=1)
+    sparse = {
+        name: [layer.moe is not None for layer in getattr(model, name).blocks]
+        for name in ("encoder", "decoder")
+    }
+    assert sparse == {"encoder": [False, True], "decoder": [False, True, False]}
+    output = forward(model, padded(random_pairs()))
+    assert {name: stats.load.shape for name, stats in output.stats.items()} == {
+        "encoder": (1, 8),
+        "decoder": (1, 8),
+    }
+    counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert counted == cfg.num_parameters().total
+
+
 def test_a_loop_over_blocks_equals_unrolled_blocks(monkeypatch):
     # two blocks of two layers each in the encoder
     cfg = small("st", encoder_layers=4, encoder_moe_layers=2, decoder_layers=1)

@@ -1,5 +1,7 @@
 """The MoE layer on one device against a slow oracle: a loop over experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -385,3 +387,39 @@ def test_what_a_router_returns_is_checked(change, message):
 
     with pytest.raises(ValueError, match=f"router broken.*{message}"):
         apply(layer(broken), jnp.ones((6, D)))
+
+
+@pytest.mark.parametrize("expert_capacity", [1, 2, 64])
+def test_an_expert_capacity_counts_every_row_for_itself_and_its_padding_too(expert_capacity):
+    moe = layer(Switch(), expert_capacity=expert_capacity)
+    x, _, _ = inputs()
+    mask = np.arange(10) >= np.array([[0], [4], [10]])  # without padding, on the left, all padding
+    y, stats, routing = apply(moe, x, mask)
+
+    chosen = np.asarray(jnp.argmax(moe.router(x), -1))
+    num_before = np.zeros(chosen.shape, int)
+    for row, token in np.ndindex(chosen.shape):
+        num_before[row, token] = np.sum(chosen[row, :token] == chosen[row, token])
+    kept = num_before < expert_capacity
+    probability = np.asarray(jax.nn.softmax(moe.router(x)).max(-1))
+    as_computed = dataclasses.replace(
+        routing,
+        expert=jnp.asarray(chosen)[..., None],
+        weight=jnp.asarray(kept * probability)[..., None],
+    )
+    assert_close(y, oracle(moe, x, as_computed))
+    assert_equal(routing.kept[..., 0], kept & mask)
+    assert_equal(routing.expert[..., 0], np.where(mask, chosen, -1))
+    assert float(stats.tokens) == mask.sum()
+    assert float(stats.dropped_tokens) == (mask & ~kept).sum()
+
+
+def test_an_expert_capacity_needs_slots_and_does_not_drop_while_decoding():
+    with pytest.raises(ValueError, match="expert_capacity is 0: use 1 or more"):
+        layer(Switch(), expert_capacity=0)
+    with pytest.raises(ValueError, match='dispatch="dropless" has no slots'):
+        layer(Switch(), expert_capacity=1, dispatch="dropless")
+    x, _, _ = inputs()
+    moe = layer(Switch(), expert_capacity=1)
+    _, stats, _ = nnx.jit(lambda moe, x: moe(x, drop=False))(moe, x)
+    assert float(stats.dropped_tokens) == 0
