@@ -20,6 +20,7 @@ VERBS = {
     "doctor": "Report versions, devices, the data found and what is missing.",
     "tour": "Execute the notebooks in their small setting.",
     "train": "Train a preset or a checkpoint on a mixture or a corpus.",
+    "upcycle": "Make an MoE checkpoint from a dense one.",
     "generate": "Answer texts with a checkpoint.",
     "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",

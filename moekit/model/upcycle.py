@@ -32,6 +32,7 @@ KEPT_FIELDS = (
     "vocab_size",
     "activation",
     "tied_logits",
+    "logits_scale",
     "relative_buckets",
     "relative_max_distance",
 )

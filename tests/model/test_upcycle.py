@@ -23,11 +23,15 @@ NORMALISED = {
     "top-1, all layers": (V1_0, (2, 2, 1), {"router": mk.TopK(k=1, normalise=True), **DROPLESS}),
     "top-2, every second layer": ({"encoder_layers": 4}, (8, 2, 1), {"router": TOP2, **ROOMY}),
     "top-3 in the encoder": (
-        {"tied_logits": True},
+        {"tied_logits": True, "scaled_logits": False},
         (3, 1, 0),
         {"router": mk.TopK(k=3, normalise=True, priority="batch"), "group_size": 16, **ROOMY},
     ),
-    "gshard and hash": ({}, (4, 1, 1), {"router": mk.GShard(), "decoder_router": mk.Hash()}),
+    "gshard and hash": (
+        {},
+        (4, 1, 1),
+        {"router": mk.GShard(), "decoder_router": mk.Hash(), "sparse_layer": 0},
+    ),
     "random in the decoder": (
         V1_0 | {"encoder_layers": 1, "decoder_layers": 2},
         (5, 0, 1),
@@ -107,12 +111,15 @@ def test_outputs_differ_with_raw_probabilities():
     assert np.abs(real_logits(raw) - real_logits(dense)).max() > 1e-3
 
 
+@pytest.mark.parametrize("sparse_layer", [None, 0])
 @pytest.mark.parametrize("sizes", [(3, 1, 2), (2, 4, 1), (4, 2, 0)], ids=str)
-def test_every_layer_has_its_own_arrays_and_experts_are_copies(sizes: tuple[int, int, int]):
+def test_every_layer_has_its_own_arrays_and_experts_are_copies(
+    sizes: tuple[int, int, int], sparse_layer: int | None
+):
     dense = dense_model(encoder_layers=4, decoder_layers=2)
     before = arrays(dense)
     num_layers = {"encoder": 4, "decoder": 2}
-    sparse = mk.upcycle(dense, sparse_config(dense, sizes))
+    sparse = mk.upcycle(dense, sparse_config(dense, sizes, sparse_layer=sparse_layer))
     assert sparse.cfg.num_parameters().total == sum(map(np.size, arrays(sparse).values()))
     for name, array in arrays(sparse).items():
         if "router" in name:
@@ -192,7 +199,7 @@ def test_outputs_on_a_mesh_of_a_saved_model(saved: Path):
         (
             {"d_ff": 64, "vocab_size": 512, "activation": "relu", "tied_logits": True},
             r"d_ff=32 there, 64 here; vocab_size=384 there, 512 here; activation='gated_gelu' "
-            r"there, 'relu' here; tied_logits=False there, True here\)",
+            r"there, 'relu' here; tied_logits=False there, True here; logits_scale=1.0 there, 0.25",
         ),
         ({"expert_d_ff": 16}, r"\(d_ff=32 there, expert_d_ff=16 here\)"),
         ({"extra_d_ff": 16}, r"\(no second FFN there, extra_d_ff=16 here\)"),
