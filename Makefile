@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: colab colab-fast colab-python tour test lint lab notebooks figures bench parity release clean
+.PHONY: colab colab-fast colab-install colab-python tour test lint lab notebooks figures bench parity release clean
 
 tour: $(STAMP)  ## execute all notebooks (or ONLY=00,01) on the embedded data, print where to look
 	$(BIN)/moekit tour $(if $(ONLY),--only $(ONLY))
@@ -64,6 +64,8 @@ colab: $(COLAB)/installed  ## notebooks and tests on the packages of a Colab run
 colab-fast: $(COLAB)/installed  ## a few minutes of it
 	$(COLAB_TEST) tests/colab tests/moe/test_layer.py tests/training/test_train.py \
 		-k "pins or accepts or oracle or function or lowers"
+
+colab-install: $(COLAB)/installed
 
 $(COLAB)/installed: pyproject.toml $(COLAB_PINS)
 	@test -n "$(COLAB_PYTHON)" || { echo "make colab needs Python 3.13: make colab COLAB_PYTHON=..."; exit 1; }

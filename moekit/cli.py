@@ -24,6 +24,7 @@ VERBS = {
     "generate": "Answer texts with a checkpoint.",
     "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",
+    "trace": "Trace the routing of a checkpoint: balance, load, specialization.",
     "plan": "Compile a training step for a TPU slice: memory, time, collectives, verdict.",
     "data": "List, describe, fetch and check data: moekit data --help.",
     "bench": "Time a layer, a step, the input pipeline: moekit bench --help.",

@@ -129,7 +129,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
     assert code == 2 and "weight_decay" in err and "another" in err
 
 
-def test_own_files_are_trained_and_evaluated_on(tmp_path, capsys):
+def test_own_files_are_trained_evaluated_and_traced(tmp_path, capsys):
     rows = [
         {"Frage": f"Was ist {i}?", "Wahl": ["x", "y"], "Antwort": "xy"[i % 2]} for i in range(9)
     ]
@@ -147,6 +147,18 @@ def test_own_files_are_trained_and_evaluated_on(tmp_path, capsys):
     assert code == 0, err
     (suite,) = json.loads(out)["suites"]
     assert suite["mean"]["n"] == 2 and suite["mean"]["metric"] == "accuracy"
+    flags = ["--task", mine, *columns, "--options", "Wahl", "--limit", "5"]
+    files = ["--out", tmp_path / "t/trace.npz", "--figures", tmp_path / "t"]
+    code, out, err = run(capsys, "trace", "--checkpoint", tmp_path / "r", *flags, *files, "--json")
+    assert code == 0, err
+    traced = mk.RouterTrace.load(tmp_path / "t/trace.npz")
+    assert json.loads(out)["prompts"] == len(traced.tasks) == 5
+    found = [row["load_entropy"] for row in mk.balance_table(traced).rows]
+    assert [row["load_entropy"] for row in json.loads(out)["balance"]] == found
+    assert [path.name for path in (tmp_path / "t").glob("*.png")] == ["st-nano-expert-load.png"]
+    flags = ["--task", mine, "--corpus", notes]
+    code, _, err = run(capsys, "trace", "--checkpoint", tmp_path / "r", *flags)
+    assert code == 2 and "one at a time" in err
     code, _, err = run(capsys, "train", "--workdir", tmp_path / "s", "--task", mine, *SMALL)
     assert code == 2 and "has the columns 'Frage', 'Wahl', 'Antwort'" in err
 

@@ -3,6 +3,7 @@
 Y MoE layers of a stack, N tokens (without padding), K choices per token.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -177,8 +178,8 @@ def _compiled_routing(graphdef: nnx.GraphDef) -> Callable[..., dict[str, TokenRo
     return jax.jit(route)
 
 
-def as_prompts(data: Any) -> list[Prompt]:
-    """What `trace_routing` accepts, as prompts.
+def as_prompts(data: Any, limit: int = NUM_PROMPTS) -> list[Prompt]:
+    """What `trace_routing` accepts, as prompts: at most `limit` of them where they are drawn.
 
     Raises:
       ValueError: a task without training examples, or rows that cannot be used.
@@ -189,12 +190,14 @@ def as_prompts(data: Any) -> list[Prompt]:
         return [_as_prompt(each, index) for index, each in enumerate(data)]
     source = as_source(data)
     if isinstance(source, Corpus):
-        return text_prompts(source)
+        prompts = text_prompts(source)
+        every = math.ceil(len(prompts) / limit)  # of each domain as many
+        return prompts[::every]
     if not isinstance(source, Mixture):
         kind = type(source).__name__
         raise ValueError(f"a {kind} has no prompts to trace: trace its tasks and its text apart")
     num_examples = sum(task.train_size for task in source.tasks)
-    return source.sample(min(NUM_PROMPTS, num_examples))
+    return source.sample(min(limit, num_examples))
 
 
 def _as_prompt(prompt: str | Prompt, index: int) -> Prompt:

@@ -136,12 +136,13 @@ def report() -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """A report to read."""
+    """A report to read; jax's own description of the environment is left out where it is empty."""
     versions = [f"{name:18} {version or 'MISSING'}" for name, version in found["versions"].items()]
     environment = found["environment"].strip().splitlines()
-    sections = {
-        "versions": versions,
-        "environment (jax)": environment or ["unknown: jax has no device"],
+    sections = {"versions": versions}
+    if environment:
+        sections["environment (jax)"] = environment
+    sections |= {
         f"devices ({found['backend']}, {found['cpus']} CPU cores)": found["devices"] or ["none"],
         "data": found["data"]["found"],
         "missing": found["missing"] or ["nothing"],

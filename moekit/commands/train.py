@@ -1,21 +1,17 @@
 """moekit train: a preset or a checkpoint, on a mixture, a corpus or files of one's own."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 import moekit as mk
+from moekit.commands.data_flags import named_data, own_tasks
 from moekit.commands.environment import keep_compiled_programs, keep_freed_memory
-from moekit.commands.flags import mesh_axes, names, one_or_several, require_seed
+from moekit.commands.flags import mesh_axes, require_seed
 from moekit.commands.model_flags import SetFlag, model_config, read_settings
 from moekit.commands.output import AsJson, print_result
 from moekit.commands.routers import checkpoint_router, is_file_router
-from moekit.data.mixture import Mixture
-from moekit.data.own_mixture import JointSource
-from moekit.data.tasks import Task
-from moekit.data.text import Corpus
 from moekit.train_config import TrainConfig
 
 DEFAULTS = TrainConfig(steps=100, batch_tokens=8192)
@@ -97,8 +93,8 @@ def train(
             model = mk.with_config(model, model.cfg.replace(**changes))
     else:
         cfg = model_config(preset, settings, router, tokenizer)
-    tasks = _own_tasks(task, input, target, options, on_error)
-    data = _training_data(tasks, mixture, source, hold_out, corpus, on_error)
+    tasks = own_tasks(task, input, target, options, on_error)
+    data = named_data(tasks, mixture, source, hold_out, corpus, on_error)
     if not checkpoint:
         model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
     run = mk.train(model, data, config, workdir=workdir)
@@ -110,39 +106,3 @@ def train(
 
 
 COMMAND = train
-
-
-def _own_tasks(
-    paths: Sequence[Path], input: str, target: str, options: Sequence[str], on_error: str
-) -> list[Task]:
-    """The tasks of files of the user's."""
-    if (input or target or options) and not paths:
-        raise ValueError("--input, --target and --options name columns of --task: name its file")
-    tasks = []
-    for path in paths:
-        task = mk.task(
-            path,
-            input=input or None,
-            target=target or None,
-            options=one_or_several(options),
-            on_error=on_error,
-        )
-        tasks.append(task)
-    return tasks
-
-
-def _training_data(
-    tasks: list[Task], mixture: str, source: str, hold_out: str, corpus: str, on_error: str
-) -> Mixture | Corpus | JointSource:
-    """What was named, in equal shares; the builtin mixture if nothing was."""
-    parts: dict[Mixture | Corpus, float] = {}
-    if tasks:
-        parts[mk.mixture(tasks)] = 1.0
-    if mixture or not (tasks or corpus):
-        flan = mk.flan_mixture(
-            mixture or "builtin", source=source, hold_out=names(hold_out), on_error=on_error
-        )
-        parts[flan] = 1.0
-    if corpus:
-        parts[mk.corpus(corpus, on_error=on_error)] = 1.0
-    return next(iter(parts)) if len(parts) == 1 else mk.mixture(parts)
