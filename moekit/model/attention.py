@@ -103,11 +103,35 @@ class Attention(nnx.Module):
         logits = jnp.einsum("blnh,bmnh->bnlm", queries, keys)
         if bias is not None:
             logits = add_bias(logits, bias)
-        logits = logits.astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED))
-        weights = weights.astype(self.dtype)
+        weights = self._softmax(logits, mask)
         attended = jnp.einsum("bnlm,bmnh->blnh", weights, values)
         return self._project("blnh,nhd->bld", attended, self.wo_nhd)
+
+    def attend_cached(
+        self,
+        x: Float[Array, "B L D"],
+        keys: Float[Array, "B N M H"],
+        values: Float[Array, "B N M H"],
+        mask: Bool[Array, "#B 1 #L M"],
+        bias: Float[Array, "N L M"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """`attend` to keys and values whose heads precede their positions, as in a cache."""
+        queries = self._project("bld,dnh->bnlh", x, self.wq_dnh)
+        logits = jnp.einsum("bnlh,bnmh->bnlm", queries, keys)
+        if bias is not None:
+            logits = logits + bias
+        weights = self._softmax(logits, mask)
+        attended = jnp.einsum("bnlm,bnmh->bnlh", weights, values)
+        return self._project("bnlh,nhd->bld", attended, self.wo_nhd)
+
+    def _softmax(
+        self,
+        logits: Float[Array, "B N L M"],
+        mask: Bool[Array, "#B 1 #L M"],
+    ) -> Float[Array, "B N L M"]:
+        exact = logits.astype(jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask, exact, MASKED))
+        return weights.astype(self.dtype)
 
     def _project(
         self,

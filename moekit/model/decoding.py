@@ -1,33 +1,34 @@
-"""Greedy and sampled decoding with a KV cache.
+"""Answers to texts: greedy, sampled or by beam search, with a KV cache.
 
 A compiled loop decodes until every row has ended. Where the text must be looked at in between (to
 stream it, or to find a stop text), the loop is left every few tokens and entered again.
 
-B batch, L input length, T longest output, V vocabulary.
+Q questions of a batch, L input length, T longest output.
 """
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from moekit.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer
+from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite
+from moekit.generation_config import GenerationSettings
+from moekit.model import beam_search, sampling
 from moekit.model.batching import encode_inputs, input_rows, length_groups
-from moekit.model.cache import Cache
 from moekit.model.text_stream import stop_texts, text_pieces, until_stop
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
+from moekit.sharding import shard_batch
 
 CHUNK = 8  # tokens that are decoded between two looks at the text
+Programs = sampling.Programs | beam_search.Programs
 
 
 @dataclass(frozen=True)
@@ -35,120 +36,44 @@ class _Settings:
     """How answers are decoded.
 
     Raises:
-      ValueError: a value is out of range.
+      ValueError: a value is out of range, or beams are to be sampled.
     """
 
-    max_new_tokens: int
-    temperature: float
+    generation: GenerationSettings
     seed: int
     batch_size: int
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; use 1 or more")
+        num_beams = self.generation.num_beams
+        temperature = self.generation.temperature
+        if num_beams > 1 and temperature > 0:
             raise ValueError(
-                f"temperature is {self.temperature}; use 0 (greedy) or a finite number above 0"
+                f"num_beams is {num_beams} and temperature {temperature}: beam search does not "
+                "sample; use temperature=0, or num_beams=1"
             )
 
-
-class _State(NamedTuple):
-    """State of the decoding loop."""
-
-    step: Int[Array, ""]
-    tokens: Int[Array, "B"]  # the last ones, which the decoder reads next
-    finished: Bool[Array, "B"]
-    finite: Bool[Array, ""]  # False once a logit is NaN or infinite
-    cache: Cache
-    generated: Int[Array, "B T"]
-
-
-def _start(
-    model: EncoderDecoder,
-    inputs: Int[Array, "B L"],
-    segments: Int[Array, "B L"],
-    length: int,
-) -> _State:
-    encoded = model.encode(inputs, segments)
-    rows = inputs.shape[0]
-    is_padding = (segments == 0).all(-1)
-    return _State(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full(rows, PAD, jnp.int32),
-        finished=is_padding,
-        finite=jnp.ones((), bool),
-        cache=model.start_cache(encoded, length),
-        generated=jnp.full((rows, length), PAD, jnp.int32),
-    )
-
-
-def _advance(
-    state: _State,
-    tokens: Int[Array, "B"],
-    logits: Float[Array, "B V"],
-    cache: Cache,
-) -> _State:
-    """The state after the next token of every unfinished row."""
-    tokens = jnp.where(state.finished, PAD, tokens).astype(jnp.int32)
-    generated = jax.lax.dynamic_update_slice_in_dim(
-        state.generated, tokens[:, None], state.step, axis=1
-    )
-    return _State(
-        step=state.step + 1,
-        tokens=tokens,
-        finished=state.finished | (tokens == EOS),
-        finite=state.finite & jnp.isfinite(logits).all(),
-        cache=cache,
-        generated=generated,
-    )
-
-
-class _Programs(NamedTuple):
-    """Compiled functions: encode a batch, and decode its next tokens up to a limit."""
-
-    start: Callable[..., _State]
-    advance: Callable[..., _State]
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(graphdef: nnx.GraphDef, length: int, sample: bool) -> _Programs:
-    """The programs for answers of up to `length` tokens."""
-
-    def start(
-        parameters: nnx.State,
-        inputs: Int[Array, "B L"],
-        segments: Int[Array, "B L"],
-    ) -> _State:
-        model = nnx.merge(graphdef, parameters)
-        return _start(model, inputs, segments, length)
-
-    def advance(
-        parameters: nnx.State,
-        state: _State,
-        key: Key[Array, ""],
-        temperature: Float[Array, ""],
-        limit: Int[Array, ""],
-    ) -> _State:
-        model = nnx.merge(graphdef, parameters)
-
-        def is_unfinished(current: _State) -> Bool[Array, ""]:
-            has_room = current.step < limit
-            return has_room & current.finite & ~current.finished.all()
-
-        def decode_token(current: _State) -> _State:
-            logits, cache = model.decode_step(current.tokens, current.cache)
-            if sample:
-                step_key = jax.random.fold_in(key, current.step)
-                tokens = jax.random.categorical(step_key, logits / temperature)
-            else:
-                tokens = jnp.argmax(logits, -1)
-            return _advance(current, tokens, logits, cache)
-
-        return jax.lax.while_loop(is_unfinished, decode_token, state)
-
-    # the cache is updated in place
-    return _Programs(jax.jit(start), jax.jit(advance, donate_argnames="state"))
+    def programs(self, model: EncoderDecoder) -> Programs:
+        """The compiled functions of this kind of decoding."""
+        generation = self.generation
+        graphdef, _ = nnx.split(model)
+        if generation.num_beams > 1:
+            length = beam_search.Length(
+                generation.length_normalization,
+                generation.length_penalty,
+                generation.max_new_tokens,
+            )
+            return beam_search.programs(graphdef, generation.num_beams, length)
+        if generation.temperature == 0:
+            return sampling.programs(graphdef, generation.max_new_tokens)
+        return sampling.programs(
+            graphdef,
+            generation.max_new_tokens,
+            sample=True,
+            top_k=generation.top_k,
+            nucleus=generation.top_p < 1,
+        )
 
 
 class _Group(NamedTuple):
@@ -174,25 +99,27 @@ def _decode_group(
     model: EncoderDecoder,
     inputs: Sequence[Sequence[int]],
     group: _Group,
-    key: Key[Array, ""],
     settings: _Settings,
     chunk: int,
-) -> Iterator[Int[np.ndarray, "B T"]]:
+) -> Iterator[Int[np.ndarray, "Q T"]]:
     """All tokens that were generated so far, after every `chunk` tokens.
 
     Raises:
       ValueError: logits are not finite.
     """
-    length = settings.max_new_tokens
-    graphdef, parameters = nnx.split(model)
-    programs = _compiled(graphdef, length, settings.temperature > 0)
+    length = settings.generation.max_new_tokens
+    programs = settings.programs(model)
+    _, parameters = nnx.split(model)
     chosen = [inputs[index] for index in group.indices]
     tokens, segments = input_rows(chosen, group.length, group.rows, model.mesh)
-    state = programs.start(parameters, tokens, segments)
-    temperature = jnp.float32(settings.temperature)
+    layer_states, state = programs.start(parameters, tokens, segments)
+    random = None if settings.generation.num_beams > 1 else _random(model, group, settings)
     for step in range(0, length, chunk):
         limit = jnp.int32(min(step + chunk, length))
-        state = programs.advance(parameters, state, key, temperature, limit)
+        if random is None:
+            state = programs.advance(parameters, layer_states, state, limit)
+        else:
+            state = programs.advance(parameters, layer_states, state, limit, random)
         visible = (state.generated, state.finished, state.finite)
         generated, finished, finite = to_host(visible)
         if not finite:
@@ -202,13 +129,34 @@ def _decode_group(
             return
 
 
+def _random(model: EncoderDecoder, group: _Group, settings: _Settings) -> sampling.Sampling:
+    """What sampling depends on; the key of a question depends on its index among all inputs."""
+    indices = np.zeros(group.rows, np.int32)
+    indices[: len(group.indices)] = group.indices
+    return sampling.Sampling(
+        keys=_row_keys(jax.random.key(settings.seed), shard_batch(indices, model.mesh)),
+        temperature=jnp.float32(settings.generation.temperature),
+        top_p=jnp.float32(settings.generation.top_p),
+    )
+
+
+@jax.jit
+def _row_keys(key: Key[Array, ""], indices: Int[Array, "Q"]) -> Key[Array, "Q"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
 @overload
 def generate(
     model: EncoderDecoder,
     texts: str,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    length_normalization: str | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stream: Literal[False] = False,
@@ -222,8 +170,13 @@ def generate(
     model: EncoderDecoder,
     texts: str,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    length_normalization: str | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stream: Literal[True],
@@ -237,8 +190,13 @@ def generate(
     model: EncoderDecoder,
     texts: Sequence[str],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    length_normalization: str | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stream: Literal[False] = False,
@@ -251,8 +209,13 @@ def generate(
     model: EncoderDecoder,
     texts: str | Sequence[str],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    length_normalization: str | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stream: bool = False,
@@ -261,11 +224,28 @@ def generate(
 ) -> str | list[str] | Iterator[str]:
     """The model's answer to a text, or a list of answers to a list of texts.
 
+    Settings that are left out are those of the model's configuration (`cfg.generation`). Penalties
+    and bans of repeated words are left out on purpose: a score that they change is no longer the
+    model's probability.
+
+    What else is in the batch changes no answer, apart from rounding, in a dense or dropless model;
+    the decoder never drops a token. With dispatch="capacity" the encoder's MoE layers drop tokens
+    that exceed the slots of their group, and a group spans the texts of a batch: raise
+    `eval_capacity_factor`, or use dispatch="dropless", to be independent of it.
+
     Args:
       max_new_tokens: longest answer, in tokens.
       temperature: 0 decodes greedily; above 0, tokens are sampled from
         softmax(logits / temperature).
-      seed: of sampling.
+      top_k: sample from the k most probable tokens only; 0 is off.
+      top_p: sample from the smallest set of most probable tokens whose probabilities add up to
+        this (Holtzman 2020); 1 is off.
+      num_beams: beams of beam search; 1 is off.
+      length_penalty: exponent of the length by which beam search divides the log-probability of an
+        answer; a larger one prefers longer answers.
+      length_normalization: that length, for n tokens: "t5" is (5 + n) / 6 (Wu 2016), "transformers"
+        is n, with the rules of transformers about when the search ends.
+      seed: of sampling. The random numbers of a text depend on its index in the list.
       stop: a text or several; the answer ends before the first occurrence of any of them.
       stream: for one text, return an iterator of the answer's pieces, as they are decoded. Joined,
         they are the answer; a piece contains whole characters only.
@@ -273,15 +253,26 @@ def generate(
       batch_size: most texts in a batch; long ones come in smaller batches.
 
     Raises:
-      ValueError: a text is longer than the model's max_length or not valid Unicode, temperature
-        is negative or not finite, max_new_tokens or batch_size is below 1, a stop text is empty,
-        `stream` with a list of texts, or the model's parameters are not finite.
+      ValueError: a text is longer than the model's max_length or not valid Unicode, a setting is
+        out of range, top_k or top_p is given for greedy decoding, temperature for beams, a stop
+        text is empty, `stream` with a list of texts or with beams, or the model's parameters are
+        not finite.
     """
-    settings = _Settings(max_new_tokens, temperature, seed, batch_size)
+    generation = generation_settings(
+        model.cfg.generation,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        length_normalization=length_normalization,
+    )
+    settings = _Settings(generation, seed, batch_size)
     stops = stop_texts(stop)
     single = isinstance(texts, str)
-    if stream and not single:
-        raise ValueError("stream=True is for one text: pass a string, or a list without stream")
+    if stream:
+        _check_stream(single, generation.num_beams)
     tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
     if single:
         texts = [texts]
@@ -293,9 +284,58 @@ def generate(
         text = tokenizer.decode(ids)
         return until_stop(text, stops) != text
 
-    generated = _generate_ids(model, inputs, settings, has_stopped if stops else None)
+    # of beams, the best answer is known at the end only
+    watches = bool(stops) and generation.num_beams == 1
+    generated = _generate_ids(model, inputs, settings, has_stopped if watches else None)
     answers = [until_stop(tokenizer.decode(ids), stops) for ids in generated]
     return answers[0] if single else answers
+
+
+def generation_settings(
+    defaults: GenerationSettings,
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    num_beams: int | None,
+    length_penalty: float | None,
+    length_normalization: str | None,
+) -> GenerationSettings:
+    """Settings, with those that are not None in the place of the defaults.
+
+    Raises:
+      ValueError: a value is out of range, or top_k or top_p is given although nothing is sampled.
+    """
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "length_normalization": length_normalization,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(defaults, **changes)
+    if settings.temperature == 0:
+        for name in ("top_k", "top_p"):
+            if name in changes:
+                raise ValueError(
+                    f"{name} is {changes[name]}, but temperature is 0, which is greedy: give a "
+                    f"temperature to sample with, for example 1.0, or leave {name} out"
+                )
+    return settings
+
+
+def _check_stream(single: bool, num_beams: int) -> None:
+    if not single:
+        raise ValueError("stream=True is for one text: pass a string, or a list without stream")
+    if num_beams > 1:
+        raise ValueError(
+            f"stream=True with num_beams={num_beams}: which beam is the answer is known at the end "
+            "only; use num_beams=1, or leave stream out"
+        )
 
 
 def _stream(
@@ -307,14 +347,9 @@ def _stream(
 ) -> Iterator[str]:
     """The pieces of the answer to the only input."""
     (group,) = _groups(model, inputs, settings)
-    key = _group_key(settings.seed, 0)
-    decoded = _decode_group(model, inputs, group, key, settings, CHUNK)
+    decoded = _decode_group(model, inputs, group, settings, CHUNK)
     texts = (tokenizer.decode(tokens[0]) for tokens in decoded)
     return text_pieces(texts, stops)
-
-
-def _group_key(seed: int, group_index: int) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.key(seed), group_index)
 
 
 def generate_ids(
@@ -323,12 +358,24 @@ def generate_ids(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    num_beams: int = 1,
+    length_penalty: float = 0.6,
+    length_normalization: str = "t5",
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[Int[np.ndarray, "T"]]:
-    """`generate` from token ids to token ids, with padding after the end of sequence."""
-    settings = _Settings(max_new_tokens, temperature, seed, batch_size)
-    return _generate_ids(model, inputs, settings)
+    """`generate` from token ids to token ids, with padding after the end of sequence.
+
+    Greedy unless the arguments say otherwise: the model's own settings are not read.
+    """
+    generation = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        length_normalization=length_normalization,
+    )
+    return _generate_ids(model, inputs, _Settings(generation, seed, batch_size))
 
 
 def _generate_ids(
@@ -338,16 +385,14 @@ def _generate_ids(
     has_stopped: Callable[[Int[np.ndarray, "T"]], bool] | None = None,
 ) -> list[Int[np.ndarray, "T"]]:
     """Generated ids of each input; a batch also ends when all of its answers have stopped."""
-    chunk = CHUNK if has_stopped else settings.max_new_tokens
+    chunk = CHUNK if has_stopped else settings.generation.max_new_tokens
     groups = _groups(model, inputs, settings)
     generated = [np.zeros(0, np.int32)] * len(inputs)
-    graphdef, _ = nnx.split(model)
-    program = _compiled(graphdef, settings.max_new_tokens, settings.temperature > 0).advance
+    program = settings.programs(model).advance
     progress = ProgressBar(groups, desc="generate", unit="batch", leave=False)
-    for group_index, group in enumerate(progress):
-        key = _group_key(settings.seed, group_index)
+    for group in progress:
         with progress.compiling(program, (group.length, group.rows)):
-            for tokens in _decode_group(model, inputs, group, key, settings, chunk):
+            for tokens in _decode_group(model, inputs, group, settings, chunk):
                 for row, index in enumerate(group.indices):
                     generated[index] = tokens[row]
                 if has_stopped and _all_ended(generated, group.indices, has_stopped):

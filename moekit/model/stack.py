@@ -7,7 +7,8 @@ and `jax.lax.scan` runs over it, so that compile time does not grow with depth.
 """
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, no_type_check
 
@@ -49,8 +50,20 @@ class Context:
     bias: Bias
     memory: Float[Array, "B M D"] | None = None
     cross_mask: Bool[Array, "B 1 L M"] | None = None
-    step: Int[Array, ""] | None = None  # position of the token, in incremental decoding
     remat: str = "none"
+
+
+@no_type_check
+@dataclass(frozen=True)
+class DecodingContext:
+    """What all layers share in incremental decoding: S more tokens of W rows of Q questions."""
+
+    mask: Bool[Array, "Q WS"]  # False at padding
+    token_ids: Int[Array, "Q WS"]
+    self_mask: Bool[Array, "Q 1 WS WT"]
+    bias: Float[Array, "N WS WT"]
+    cross_mask: Bool[Array, "Q 1 1 L"]
+    step: Int[Array, ""]  # position of the first of these tokens
 
 
 def split_key(key: OptionalKey, count: int) -> Any:
@@ -109,7 +122,7 @@ class Layer(nnx.Module):
     def feed_forward(
         self,
         x: Float[Array, "B L D"],
-        context: Context,
+        context: Context | DecodingContext,
         key: OptionalKey,
         drop: bool = True,
     ) -> tuple[Float[Array, "B L D"], Routed]:
@@ -135,19 +148,20 @@ class Layer(nnx.Module):
 
     def decode(
         self,
-        x: Float[Array, "B 1 D"],
-        context: Context,
+        x: Float[Array, "Q WS D"],
+        context: DecodingContext,
         cache: LayerCache,
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """The layer applied to one more token, with the cache of the tokens before it."""
+    ) -> tuple[Float[Array, "Q WS D"], LayerCache]:
+        """The layer applied to S more tokens of W rows, with the cache of the tokens before."""
         normed = self.self_norm(x)
         keys, values = self.self_attention.keys_values(normed)
         cache = cache.append(keys, values, context.step)
-        x = x + self.self_attention.attend(
-            normed, cache.keys, cache.values, context.self_mask, context.bias
+        keys, values = cache.flat_rows()
+        x = x + self.self_attention.attend_cached(
+            normed, keys, values, context.self_mask, context.bias
         )
         normed = self.cross_norm(x)
-        x = x + self.cross_attention.attend(
+        x = x + self.cross_attention.attend_cached(
             normed, cache.memory_keys, cache.memory_values, context.cross_mask
         )
         x, _ = self.feed_forward(x, context, None, drop=False)
@@ -302,6 +316,26 @@ class Stack(nnx.Module):
         x, routed = self.scan(block, x, inputs, context.remat)
         x = self.norm(x)
         return dropout(x, self.dropout_rate, last_key), routed
+
+    def layer_states(self) -> tuple[nnx.State, ...]:
+        """The parameters of every layer by itself, in the order of the layers.
+
+        A copy: reading a layer out of the stack again for every token costs more than its products.
+        """
+        states = []
+        for block_index in range(self.num_blocks):
+            for layer in self.blocks:
+                stacked = nnx.state(layer)
+                states.append(jax.tree.map(operator.itemgetter(block_index), stacked))
+        return tuple(states)
+
+    def layers(self, states: Sequence[nnx.State]) -> list[Layer]:
+        """The layers with the parameters that `layer_states` returned."""
+        layers = []
+        for index, state in enumerate(states):
+            graphdef = nnx.graphdef(self.blocks[index % self.layers_per_block])
+            layers.append(nnx.merge(graphdef, state))
+        return layers
 
     def scan(
         self,

@@ -5,7 +5,7 @@ B batch, L input length, T target length, D d_model, N heads, H head dimension, 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, no_type_check
 
 import jax
@@ -18,15 +18,12 @@ from moekit.config import ModelConfig
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import PAD
 from moekit.model.attention import segment_mask
-from moekit.model.cache import Cache, LayerCache
 from moekit.model.layers import float32_logits
 from moekit.model.stack import Context, Stack, split_key
 from moekit.moe.stats import LayerStats, TokenRouting
 from moekit.sharding import check_mesh, param, use_mesh, with_gathered_parameters
-from moekit.versions import ModuleList
 
 Method = TypeVar("Method", bound=Callable)
-KeysValues = tuple[Array, Array]  # stacked over the layers of a block
 
 
 @no_type_check  # pytrees: tree.map rebuilds them around leaves of any shape
@@ -136,7 +133,7 @@ class EncoderDecoder(nnx.Module):
             bias=self.encoder.bias(positions, positions),
             remat=remat,
         )
-        states, routed = self.encoder(self._embed(inputs), context, key)
+        states, routed = self.encoder(self.embed(inputs), context, key)
         stats = {}
         routing = {}
         if routed is not None:
@@ -165,78 +162,21 @@ class EncoderDecoder(nnx.Module):
             cross_mask=segment_mask(segments, encoded.segments),
             remat=remat,
         )
-        states, routed = self.decoder(self._embed(tokens), context, key)
+        states, routed = self.decoder(self.embed(tokens), context, key)
         stats = dict(encoded.stats)
         routing = dict(encoded.routing or {})
         if routed is not None:
             stats["decoder"], routing["decoder"] = routed
-        return Output(self._logits(states), stats, routing if trace else None)
+        return Output(self.logits(states), stats, routing if trace else None)
 
-    @_with_mesh
-    def start_cache(self, encoded: Encoded, length: int) -> Cache:
-        """An empty cache for up to `length` decoded tokens of each example."""
-
-        def block(layers: ModuleList, states: Array, _: None) -> tuple[Array, KeysValues]:
-            keys = []
-            values = []
-            for layer in layers:
-                layer_keys, layer_values = layer.cross_attention.keys_values(states)
-                keys.append(layer_keys)
-                values.append(layer_values)
-            return states, (jnp.stack(keys), jnp.stack(values))
-
-        _, memory = self.decoder.scan(block, encoded.states, None)
-        memory_keys, memory_values = memory
-        *leading, _, num_heads, head_dim = memory_keys.shape
-        shape = (*leading, length, num_heads, head_dim)
-        empty = jnp.zeros(shape, memory_keys.dtype)
-        layers = LayerCache(empty, empty, memory_keys, memory_values)
-        first_step = jnp.zeros((), jnp.int32)
-        return Cache(layers, encoded.segments, first_step)
-
-    @_with_mesh
-    def decode_step(
-        self, tokens: Int[Array, "B"], cache: Cache
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of the next token. The first input token is the padding id 0 (as in T5).
-
-        No token is dropped while decoding: every expert has room for all of them.
-        """
-        length = cache.layers.keys.shape[3]
-        positions = jnp.arange(length)
-        is_decoded = positions <= cache.step
-        is_input = cache.segments > 0
-        tokens = tokens[:, None]
-        context = Context(
-            mask=jnp.ones(tokens.shape, bool),
-            token_ids=tokens,
-            self_mask=is_decoded[None, None, None, :],
-            bias=self.decoder.bias(cache.step[None], positions),
-            cross_mask=is_input[:, None, None, :],
-            step=cache.step,
-        )
-
-        def block(layers: ModuleList, x: Array, caches: LayerCache) -> tuple[Array, KeysValues]:
-            keys = []
-            values = []
-            for index, layer in enumerate(layers):
-                x, layer_cache = layer.decode(x, context, caches[index])
-                keys.append(layer_cache.keys)
-                values.append(layer_cache.values)
-            return x, (jnp.stack(keys), jnp.stack(values))
-
-        x, updated = self.decoder.scan(block, self._embed(tokens), cache.layers)
-        logits = self._logits(self.decoder.norm(x))
-        keys, values = updated
-        layers = replace(cache.layers, keys=keys, values=values)
-        return logits[:, 0], Cache(layers, cache.segments, cache.step + 1)
-
-    def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embedded tokens in the compute type."""
         # look up in float32: the gradient of a frequent token is a long sum
         x = with_gathered_parameters(_look_up, jnp.float32, tokens, self.embedding_vd)
         return x.astype(jnp.dtype(self.cfg.dtype))
 
-    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of the decoder's states."""
         if self.cfg.logits_scale != 1:
             # T5 v1.0 scales tied logits, because rows of the embedding have unit variance
             scaled = x.astype(jnp.float32) * self.cfg.logits_scale

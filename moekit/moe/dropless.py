@@ -64,14 +64,14 @@ class ExpertFunction:
         return activated * scale.astype(activated.dtype)
 
 
-def block_size(num_rows: int, num_experts: int, largest: int = 128) -> int:
-    """A power of two near an expert's expected rows, from 8 to `largest`.
+def block_size(num_rows: int, num_experts: int, smallest: int = 8, largest: int = 128) -> int:
+    """A power of two near an expert's expected rows, from `smallest` to `largest`.
 
     Larger blocks contain more padding. A matmul is efficient from about 128 rows.
     """
     expected = max(1, num_rows // num_experts)
     power_of_two = 1 << (expected - 1).bit_length()
-    return min(largest, max(8, power_of_two))
+    return min(largest, max(smallest, power_of_two))
 
 
 def round_up(number: int | Array, multiple: int) -> int | Array:

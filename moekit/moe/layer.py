@@ -35,7 +35,7 @@ from moekit.moe.stats import (
     token_routing,
     without_padding,
 )
-from moekit.sharding import BATCH_AXES, MESH_AXES, check_mesh, param, use_mesh
+from moekit.sharding import BATCH_AXES, MESH_AXES, check_mesh, param, platform, use_mesh
 
 ACTIVATIONS = ("gated_gelu", "relu")
 DISPATCH = ("capacity", "dropless")
@@ -375,7 +375,7 @@ class MoE(nnx.Module):
           key: for training: turns the router's randomness and expert dropout on, and selects the
             training capacity factor.
           token_ids: for routers that read them (Hash).
-          drop: False gives every expert slots for all tokens (decoding one token at a time).
+          drop: False dispatches every token, whatever the load (decoding, scoring).
 
         Raises:
           ValueError: x does not have d_model features, or mask or token_ids another shape than x.
@@ -425,8 +425,8 @@ class MoE(nnx.Module):
 
         # all devices along the model axis process the same tokens
         x = parallel.cast_varying(groups.x.reshape(-1, self.d_model), "model")
-        if self.dispatch == "dropless":
-            y = self._dropless(x, routing, dropout_key)
+        if self._is_dropless(drop):
+            y = self._dropless(x, routing, dropout_key, drop)
         else:
             indices = parallel.cast_varying(dispatch_indices(routing, num_experts), "model")
             slots = dispatch(x, indices).reshape(num_experts, -1, self.d_model)
@@ -508,8 +508,17 @@ class MoE(nnx.Module):
 
         return jax.vmap(route_group)(logits, groups.mask, limits, keys, groups.token_ids)
 
+    def _is_dropless(self, drop: bool) -> bool:
+        """Whether to dispatch without slots. With slots for all tokens, most would be empty."""
+        fills_slots = getattr(self.route, "num_choices", 1) is None
+        return self.dispatch == "dropless" or not (drop or fills_slots)
+
     def _dropless(
-        self, x: Float[Array, "T D"], routing: Routing, dropout_key: OptionalKey
+        self,
+        x: Float[Array, "T D"],
+        routing: Routing,
+        dropout_key: OptionalKey,
+        drop: bool,
     ) -> Float[Array, "T D"]:
         """Dispatch, experts and combine for every choice, whatever the load."""
         experts, parallel = self.experts, self.parallel
@@ -523,11 +532,13 @@ class MoE(nnx.Module):
             return kept / (1 - experts.dropout)
 
         num_devices = parallel.axis_size("expert")
+        # a CPU multiplies single rows well; other devices compute several in the time of one
+        smallest = 1 if platform(self.mesh) == "cpu" and not drop else 8
         function = ExpertFunction(
             activation=functools.partial(activate, experts.activation),
             dropout_scale=dropout_scale,
-            block_rows=block_size(weight.size * num_devices, self.num_experts),
-            save_hidden=num_devices == 1 or self.ragged,
+            block_rows=block_size(weight.size * num_devices, self.num_experts, smallest),
+            save_hidden=drop and (num_devices == 1 or self.ragged),
         )
         inputs = ExpertInputs(x.astype(experts.dtype), weight, up, down)
         transport = ragged if self.ragged else dropless

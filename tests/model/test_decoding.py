@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import moekit as mk
-from moekit.model import decoding
+from moekit.generation_config import GenerationSettings
+from moekit.model import decoding, sampling
 from moekit.model.batching import encode_inputs
 from moekit.model.decoding import CHUNK, generate_ids
 
@@ -35,7 +36,7 @@ def test_one_text_gives_one_text_and_a_list_gives_a_list(model):
         ({"max_new_tokens": -1}, "max_new_tokens is -1; use 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
         ({"batch_size": -3}, "batch_size is -3; use 1 or more"),
-        ({"temperature": -0.5}, r"temperature is -0.5; use 0 \(greedy\)"),
+        ({"temperature": -0.5}, r"temperature is -0.5; use 0 or a finite number"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
     ],
@@ -89,13 +90,13 @@ def test_streamed_pieces_join_to_the_answer(model, temperature):
 
 def test_chunks_share_one_program(model):
     settings = dict(max_new_tokens=5 * CHUNK, temperature=2.0)
-    decoding._compiled.cache_clear()
+    sampling.programs.cache_clear()
     mk.generate(model, "a", **settings)
     assert "".join(mk.generate(model, "b", stream=True, **settings))
     mk.generate(model, "c", stop="\n", **settings)
     graphdef = nnx.graphdef(model)
-    programs = decoding._compiled(graphdef, 5 * CHUNK, True)
-    assert decoding._compiled.cache_info().misses == 1
+    programs = sampling.programs(graphdef, 5 * CHUNK, sample=True, top_k=0, nucleus=False)
+    assert sampling.programs.cache_info().misses == 1
     assert programs.start._cache_size() == programs.advance._cache_size() == 1
 
 
@@ -149,3 +150,49 @@ def test_a_model_of_nan_parameters_is_refused(model):
     broken.embedding_vd[...] = jnp.full_like(broken.embedding_vd[...], jnp.nan)
     with pytest.raises(ValueError, match="parameters of t5-nano are not finite"):
         mk.generate(broken, "text", max_new_tokens=8)
+
+
+def test_a_beam_of_one_and_top_k_of_one_are_greedy(model):
+    texts = ["What is 3 + 4?", "a", "a longer text than the others, of another length" * 3]
+    greedy = mk.generate(model, texts, max_new_tokens=12)
+    assert mk.generate(model, texts, max_new_tokens=12, num_beams=1) == greedy
+    assert mk.generate(model, texts, max_new_tokens=12, temperature=1.5, top_k=1) == greedy
+    assert mk.generate(model, texts, max_new_tokens=12, temperature=1.5, top_p=1e-6) == greedy
+
+
+def test_what_else_is_in_the_batch_changes_no_answer():
+    cfg = mk.preset("st-nano").replace(
+        d_model=32, d_ff=64, encoder_layers=1, decoder_layers=1, dispatch="dropless",
+        num_experts=4, encoder_moe_layers=1, decoder_moe_layers=1,
+    )  # fmt: skip
+    model = mk.EncoderDecoder(cfg, seed=0)
+    texts = ["one", "two words", "three words here", "x" * 100]
+    for settings in ({}, {"temperature": 1.0, "top_k": 20}, {"num_beams": 3}):
+        alone = [mk.generate(model, texts[0], max_new_tokens=10, **settings)]
+        together = mk.generate(model, texts, max_new_tokens=10, **settings)
+        assert together[:1] == alone
+
+
+def test_beams_that_cannot_be_streamed_or_sampled_are_refused(model):
+    with pytest.raises(ValueError, match="stream=True with num_beams=2"):
+        mk.generate(model, "a", stream=True, num_beams=2)
+    with pytest.raises(ValueError, match="beam search does not sample"):
+        mk.generate(model, "a", num_beams=2, temperature=1.0)
+    with pytest.raises(ValueError, match="top_k is 5, but temperature is 0"):
+        mk.generate(model, "a", top_k=5)
+
+
+def test_settings_left_out_are_those_of_the_configuration(model):
+    generation = GenerationSettings(
+        max_new_tokens=5, num_beams=2, length_normalization="transformers"
+    )
+    own = mk.with_config(model, model.cfg.replace(generation=generation))
+    answer = mk.generate(
+        model,
+        "a",
+        max_new_tokens=5,
+        num_beams=2,
+        length_penalty=0.6,
+        length_normalization="transformers",
+    )
+    assert mk.generate(own, "a") == answer

@@ -22,7 +22,7 @@ def test_logits_of_bfloat16_models_are_float32(tied):
     model = mk.EncoderDecoder(cfg, seed=0)
     states = 3 * jax.random.normal(jax.random.key(0), (2, 64, cfg.d_model))
     states = states.astype(jnp.bfloat16)
-    logits = model._logits(states)
+    logits = model.logits(states)
     assert logits.dtype == jnp.float32
 
     head = model.embedding_vd[...].T if tied else model.head_dv[...]
@@ -45,7 +45,7 @@ def test_the_head_of_a_bfloat16_model_learns():
     cotangent = jax.random.normal(jax.random.key(1), (1, 8, cfg.vocab_size))
 
     def summed(states, dtype):
-        return jnp.sum(models[dtype]._logits(states.astype(dtype)) * cotangent)
+        return jnp.sum(models[dtype].logits(states.astype(dtype)) * cotangent)
 
     exact = jax.grad(summed)(states, "float32")
     rounded = jax.grad(summed)(states, "bfloat16")

@@ -16,6 +16,7 @@ from flax import nnx
 import moekit as mk
 from moekit.data.batch import pad_pairs
 from moekit.model import stack
+from moekit.model.incremental import decode_token, start_cache
 from moekit.model.relative_bias import relative_bucket
 from moekit.model.transformer import EncoderDecoder, shift_right, with_config
 from moekit.training.loop import evaluate_loss, token_losses
@@ -143,13 +144,18 @@ def test_cached_decoding_equals_teacher_forcing(flavour):
     # Expert Choice is left out: only its encoder differs, its decoder has the router of gshard
     model, batch = model_of(flavour), padded(random_pairs())
     expected = logits_of(model, batch)
-    start = nnx.jit(lambda m, b: m.start_cache(m.encode(b.inputs, b.input_segments), 12))
-    step = nnx.jit(lambda m, tokens, cache: m.decode_step(tokens, cache))
-    cache = start(model, batch)
+    states = model.decoder.layer_states()
+
+    def start(model, states, batch):
+        encoded = model.encode(batch.inputs, batch.input_segments)
+        return start_cache(model, states, encoded, rows=1, length=12)
+
+    cache = nnx.jit(start)(model, states, batch)
+    step = nnx.jit(decode_token)
     read = shift_right(batch.targets, batch.target_positions)
     for t in range(4):  # every row has at least four targets
-        logits, cache = step(model, read[:, t], cache)
-        np.testing.assert_allclose(logits, expected[:, t], atol=2e-5)
+        logits, cache = step(model, states, read[:, t, None], cache)
+        np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", sorted(mk.PRESETS))
