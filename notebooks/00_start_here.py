@@ -17,7 +17,7 @@
 # moekit rebuilds FLAN-MoE (Shen et al. 2023): sparse encoder-decoder models that are pretrained by
 # span corruption and then instruction-tuned on many tasks. The notebooks are ordered: 01 the MoE
 # layer, 02 sharding, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router
-# balance, 08 expert specialization, 11 scaling to pods.
+# balance, 08 expert specialization, 10 from real checkpoints, 11 scaling to pods.
 
 # %%
 # Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
@@ -53,12 +53,14 @@ print(describe_runtime())
 
 # %% [markdown]
 # ## What runs where
-# `moekit doctor` prints the same. On a Cloud TPU VM or Colab TPU the devices are chips, on a laptop
-# one CPU. For a CPU with several virtual devices call `mk.make_mesh(expert=8)` before anything
-# else uses jax: it is slow, but runs the same program as eight chips.
+# `moekit doctor` prints this and more. On a Cloud TPU VM or Colab TPU the devices are chips, on a
+# laptop one CPU. For a CPU with several virtual devices call `mk.make_mesh(expert=8)` before
+# anything else uses jax: it is slow, but runs the same program as eight chips.
 
 # %%
-print(as_text(report()))
+found = report()
+found["environment"] = ""  # jax's own description of it is long
+print(as_text(found))
 
 # %% [markdown]
 # ## A mesh and a model sharded over it
@@ -78,7 +80,8 @@ for name in ("wi_edf", "wg_edf", "wo_efd"):
 # %% [markdown]
 # ## Train it
 # The embedded mixture needs no network: tasks cut from the documentation of installed packages and
-# from seeded generators. Training is one call; its result is `run`.
+# from seeded generators. Training is one call; its result is `run`. `LivePlot` draws the losses
+# while the model trains.
 
 # %%
 mixture = mk.flan_mixture("builtin")
@@ -91,7 +94,13 @@ config = mk.TrainConfig(
     schedule="rsqrt",
     warmup_steps=20,
 )
-run = mk.train(model, mixture, config)
+run = mk.train(model, mixture, config, on_log=mk.LivePlot(cfg.name))
+
+# %% [markdown]
+# The log has more than the losses: the accuracy, the gradient's norm, and how evenly the routers
+# spread the tokens.
+
+# %%
 mk.show(run.metrics.plot(f"{cfg.name}, its first {STEPS} steps"), "00-training")
 
 # %% [markdown]
@@ -101,9 +110,10 @@ mk.show(run.metrics.plot(f"{cfg.name}, its first {STEPS} steps"), "00-training")
 
 # %%
 tasks = [task for task in mixture.tasks if task.name in ("largest", "longest_word", "parity")]
-scores = mk.evaluate(model, tasks, limit=50)
-print(scores.table())
-print(mk.generate(model, ["What is 3 + 4?"], max_new_tokens=8))
+mk.evaluate(model, tasks, limit=50)
+
+# %%
+print(mk.generate(model, "What is 3 + 4?", max_new_tokens=8))
 
 # %% [markdown]
 # ## Look at its routing

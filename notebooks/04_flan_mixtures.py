@@ -52,7 +52,7 @@ tokenizer = mk.ByteTokenizer()
 # trained on, so their scores are about tasks of a new *kind*.
 
 # %%
-print(mixture.describe())
+mixture.describe()
 
 # %%
 held_out = collections.defaultdict(list)
