@@ -52,7 +52,7 @@ before = {family: setup.pretrain(family).model for family in ("t5", "st")}  # of
 # %%
 suite = mk.suite("builtin")
 scores = {
-    name: mk.evaluate(model, suite, limit=200, options=False) for name, model in before.items()
+    name: mk.evaluate(model, suite, limit=100, options=False) for name, model in before.items()
 }
 for each in scores.values():
     mean = each.mean
@@ -96,7 +96,7 @@ mk.show(runs["st"].metrics.plot("st: the FLAN stage"), "05-st-metrics")
 
 # %%
 tuned = {
-    name: mk.evaluate(run.model, suite, limit=200, options=False) for name, run in runs.items()
+    name: mk.evaluate(run.model, suite, limit=100, options=False) for name, run in runs.items()
 }
 for name in tuned:
     mean, change = tuned[name].mean, mk.compare(scores[name], tuned[name])
