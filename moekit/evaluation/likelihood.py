@@ -1,10 +1,14 @@
 """Log-likelihoods of texts given an input, and the most likely option of a prompt.
 
-Q inputs of a batch, R rows (an input with one of its options), L input length, T target length.
+Options are decoded as rows of one question (see `moekit.model.incremental`): they share the
+encoder states and their projections, and the decoder drops none of their tokens, as in decoding.
+
+Q inputs of a batch, W options of each, L input length, T target length.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,12 +23,14 @@ from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite
 from moekit.model.batching import encode_inputs, input_rows, length_groups
-from moekit.model.transformer import Encoded, EncoderDecoder, shift_right
+from moekit.model.incremental import decode_states, start_cache
+from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
-from moekit.sharding import shard_batch
+from moekit.sharding import shard_batch, use_mesh
 
-MAX_INPUTS = 16  # inputs in a batch, with at most four times as many options
-SHORTEST_TARGETS = 16  # tokens; longer targets are padded to the next power of two
+MAX_INPUTS = 16  # inputs in a batch
+MAX_OPTIONS = 64  # options in a batch
+SHORTEST_TARGETS = 4  # tokens; longer targets are padded to the next power of two
 
 
 class Likelihood(NamedTuple):
@@ -41,32 +47,41 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
+class _Scores(NamedTuple):
+    """Sums over the tokens of each option."""
+
+    log_probs: Float[Array, "Q W"]
+    greedy: Bool[Array, "Q W"]
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled_scores(graphdef: nnx.GraphDef) -> Callable[..., tuple[Array, Array]]:
+def _compiled_scores(graphdef: nnx.GraphDef) -> Callable[..., _Scores]:
     def score(
         state: nnx.State,
         inputs: Int[Array, "Q L"],
         segments: Int[Array, "Q L"],
-        input_of_row: Int[Array, "R"],
-        targets: Int[Array, "R T"],
-        weights: Float[Array, "R T"],
-    ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
-        """Log-probability of each row, and whether each of its tokens is the most likely one.
-        Every input is encoded once."""
+        targets: Int[Array, "Q W T"],
+        mask: Bool[Array, "Q W T"],
+    ) -> _Scores:
+        """Every input is encoded and projected once, and its options share that."""
         model = nnx.merge(graphdef, state)
+        questions, num_options, length = targets.shape
+        layer_states = model.decoder.layer_states()
         encoded = model.encode(inputs, segments)
-        states = encoded.states[input_of_row]
-        encoded = Encoded(states, encoded.segments[input_of_row], {}, None)
+        cache = start_cache(model, layer_states, encoded, rows=num_options, length=length)
+        decoder_inputs = jnp.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        states, _ = decode_states(model, layer_states, decoder_inputs, cache, mask)
+        flat_targets = targets.reshape(questions, -1)
 
-        positions = jnp.broadcast_to(jnp.arange(targets.shape[1]), targets.shape)
-        target_segments = (weights > 0).astype(jnp.int32)
-        decoder_inputs = shift_right(targets, positions)
-        logits = model.decode(encoded, decoder_inputs, target_segments).logits
+        with use_mesh(model.mesh):
+            logits = model.logits(states)
+        target_logits = jnp.take_along_axis(logits, flat_targets[..., None], axis=-1)[..., 0]
+        log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        is_best = logits.argmax(-1) == flat_targets
 
-        log_probs = jax.nn.log_softmax(logits)
-        target_log_probs = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-        is_best = (logits.argmax(-1) == targets) | (weights == 0)
-        return (target_log_probs * weights).sum(-1), is_best.all(-1)
+        log_probs = jnp.where(mask, log_probs.reshape(targets.shape), 0.0)
+        is_best = is_best.reshape(targets.shape) | ~mask
+        return _Scores(log_probs.sum(-1), is_best.all(-1))
 
     return jax.jit(score)
 
@@ -88,53 +103,77 @@ def likelihoods(
     graphdef, state = nnx.split(model)
     score = _compiled_scores(graphdef)
     results: list[list[Likelihood]] = [[] for _ in inputs]
-    lengths = [len(ids) for ids in inputs]
-    counts = [len(each) for each in options]
-    max_length = model.cfg.max_length
-    groups = list(length_groups(lengths, max_length, MAX_INPUTS, counts, mesh=model.mesh))
+    groups = list(_groups(model, inputs, options))
     progress = ProgressBar(groups, desc="rank options", unit="batch", leave=False)
-    for indices, length, num_inputs in progress:
-        group_inputs = [inputs[index] for index in indices]
-        group_options = [options[index] for index in indices]
-        input_ids, segments = input_rows(group_inputs, length, num_inputs, model.mesh)
-        rows = _option_rows(group_options, num_inputs)
-        input_of_row, targets, weights = shard_batch(rows, model.mesh)
+    for group in progress:
+        group_inputs = [inputs[index] for index in group.indices]
+        group_options = [options[index] for index in group.indices]
+        input_ids, segments = input_rows(group_inputs, group.length, group.rows, model.mesh)
+        arrays = _option_arrays(group_options, group.rows, group.num_options)
+        targets, mask = shard_batch(arrays, model.mesh)
 
         with progress.compiling(score, (input_ids.shape, targets.shape)):
-            scores = score(state, input_ids, segments, input_of_row, targets, weights)
-            log_probs, greedy = to_host(scores)
-        row = 0
-        for index in indices:
-            for option in options[index]:
-                found = Likelihood(float(log_probs[row]), len(option), bool(greedy[row]))
-                results[index].append(found)
-                row += 1
-        if not np.isfinite(log_probs[:row]).all():
-            raise not_finite(model.cfg.name)
+            scores = score(state, input_ids, segments, targets, mask)
+            log_probs, greedy = to_host(tuple(scores))
+        for row, index in enumerate(group.indices):
+            for column, option in enumerate(options[index]):
+                log_prob = float(log_probs[row, column])
+                if not math.isfinite(log_prob):
+                    raise not_finite(model.cfg.name)
+                is_greedy = bool(greedy[row, column])
+                results[index].append(Likelihood(log_prob, len(option), is_greedy))
     return results
 
 
-def _option_rows(
-    options: Sequence[Sequence[list[int]]], num_inputs: int
-) -> tuple[Int[ndarray, "R"], Int[ndarray, "R T"], Float[ndarray, "R T"]]:
-    """The input of each row, target ids and their weights, in one of few shapes."""
-    targets = [ids for each in options for ids in each]
-    owners = [index for index, each in enumerate(options) for _ in each]
-    multiple = 4 * num_inputs
-    num_rows = -(-len(targets) // multiple) * multiple
-    longest = max(len(ids) for ids in targets)
+class _Group(NamedTuple):
+    """Inputs that are scored together, with at most `num_options` options each."""
+
+    indices: list[int]
+    length: int
+    rows: int
+    num_options: int
+
+
+def _groups(
+    model: EncoderDecoder,
+    inputs: Sequence[list[int]],
+    options: Sequence[Sequence[list[int]]],
+) -> Iterator[_Group]:
+    """Batches of inputs of similar length and similar numbers of options."""
+    indices_of_count: dict[int, list[int]] = {}
+    for index, each in enumerate(options):
+        count = _padded_count(len(each))
+        indices_of_count.setdefault(count, []).append(index)
+    for count, indices in indices_of_count.items():
+        # one question should not cost as much as a full batch
+        power_of_two = 1 << (len(indices) - 1).bit_length()
+        max_batch = min(MAX_INPUTS, power_of_two, max(1, MAX_OPTIONS // count))
+        lengths = [len(inputs[index]) for index in indices]
+        groups = length_groups(lengths, model.cfg.max_length, max_batch, mesh=model.mesh)
+        for chosen, length, rows in groups:
+            yield _Group([indices[index] for index in chosen], length, rows, count)
+
+
+def _padded_count(count: int) -> int:
+    """A number of options, rounded up to one of few: 1 to 5, and multiples of 5."""
+    return max(1, count) if count <= 5 else -(-count // 5) * 5
+
+
+def _option_arrays(
+    options: Sequence[Sequence[list[int]]], rows: int, num_options: int
+) -> tuple[Int[ndarray, "Q W T"], Bool[ndarray, "Q W T"]]:
+    """Target ids of the options of each input, and a mask that is False at padding."""
+    longest = max((len(ids) for each in options for ids in each), default=1)
     width = SHORTEST_TARGETS
     while width < longest:
         width *= 2
-
-    target_ids = np.zeros((num_rows, width), np.int32)
-    weights = np.zeros((num_rows, width), np.float32)
-    for row, ids in enumerate(targets):
-        target_ids[row, : len(ids)] = ids
-        weights[row, : len(ids)] = 1
-    input_of_row = np.zeros(num_rows, np.int32)
-    input_of_row[: len(owners)] = owners
-    return input_of_row, target_ids, weights
+    targets = np.zeros((rows, num_options, width), np.int32)
+    mask = np.zeros(targets.shape, bool)
+    for row, each in enumerate(options):
+        for column, ids in enumerate(each):
+            targets[row, column, : len(ids)] = ids
+            mask[row, column, : len(ids)] = True
+    return targets, mask
 
 
 def rank_options(
