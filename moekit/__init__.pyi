@@ -104,6 +104,9 @@ from .evaluation.scores import (
     normalised_average as normalised_average,
     report as report,
 )
+from .generation_config import (
+    GenerationSettings as GenerationSettings,
+)
 from .model.decoding import (
     generate as generate,
 )

@@ -15,8 +15,10 @@ from moekit.commands.routers import checkpoint_router
 def chat(
     checkpoint: Path,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     stop: StopFlag = (),
     router: str = "",
@@ -24,17 +26,20 @@ def chat(
 ) -> int:
     """Answer one question a line, until an empty line or the end of the input (Ctrl-D).
 
-    T5 models read one question and answer it: they do not remember the lines before.
+    T5 models read one question and answer it: they do not remember the lines before. Settings that
+    are left out are those of the checkpoint, but without beams: an answer is shown while it grows.
 
     Args:
       checkpoint: Folder of the model: a checkpoint or a run's workdir.
       max_new_tokens: Longest answer in tokens.
       temperature: 0 decodes greedily; above 0, tokens are sampled.
+      top_k: Sample from this many most probable tokens only; 0 is off.
+      top_p: Sample from the smallest set of tokens whose probabilities add up to this; 1 is off.
       seed: Seed of sampling; every line has the next one.
       router: The router of a checkpoint that was trained with one of your own, as FILE.py:NAME.
     """
     require_at_least(1, max_new_tokens=max_new_tokens)
-    require_at_least(0, temperature=temperature)
+    require_at_least(0, temperature=temperature, top_k=top_k)
     require_seed(seed)
     keep_compiled_programs()
     import moekit as mk
@@ -52,6 +57,9 @@ def chat(
                 question,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                num_beams=1,
                 seed=(seed + number) % 2**32,
                 stop=stop,
                 stream=True,

@@ -22,8 +22,12 @@ def generate(
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
     checkpoint: Path,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
     seed: int = 0,
     stop: StopFlag = (),
     router: str = "",
@@ -31,16 +35,23 @@ def generate(
 ) -> int:
     """Answer texts, or the lines of standard input.
 
+    Settings that are left out are those of the checkpoint: a new model answers greedily, one of
+    transformers as its generation_config.json says.
+
     Args:
       texts: Texts to answer; without any, every line of standard input is one.
       checkpoint: Folder of the model: a checkpoint or a run's workdir.
       max_new_tokens: Longest answer in tokens.
       temperature: 0 decodes greedily; above 0, tokens are sampled.
+      top_k: Sample from this many most probable tokens only; 0 is off.
+      top_p: Sample from the smallest set of tokens whose probabilities add up to this; 1 is off.
+      num_beams: Beams of beam search; 1 is off.
+      length_penalty: Exponent of the length by which beam search divides a log-probability.
       seed: Seed of sampling.
       router: The router of a checkpoint that was trained with one of your own, as FILE.py:NAME.
     """
-    require_at_least(1, max_new_tokens=max_new_tokens)
-    require_at_least(0, temperature=temperature)
+    require_at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    require_at_least(0, temperature=temperature, top_k=top_k)
     require_seed(seed)
     prompts = list(texts) or _lines()
     keep_compiled_programs()
@@ -52,6 +63,10 @@ def generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
         seed=seed,
         stop=stop,
     )

@@ -48,6 +48,21 @@ def test_texts_and_lines_are_answered(tmp_path, capsys, monkeypatch):
     assert stop not in json.loads(out)[0]["answer"]
 
 
+def test_settings_that_are_left_out_are_those_of_the_checkpoint(tmp_path, capsys, monkeypatch):
+    beams = mk.GenerationSettings(max_new_tokens=6, num_beams=3)
+    cfg = mk.preset("t5-nano").replace(d_model=16, d_ff=32, encoder_layers=1, decoder_layers=1)
+    mk.save(tmp_path / "model", mk.EncoderDecoder(cfg.replace(generation=beams)))
+    model = mk.load(tmp_path / "model")
+    flags = ["--checkpoint", tmp_path / "model", "--json"]
+    _, out, _ = run(capsys, "generate", "one", *flags)
+    assert json.loads(out)[0]["answer"] == mk.generate(model, "one", num_beams=3)
+    _, out, _ = run(capsys, "generate", "one", *flags, "--num-beams", 1)
+    assert json.loads(out)[0]["answer"] == mk.generate(model, "one", num_beams=1)
+    type_in(monkeypatch, "one")  # an answer that is shown while it grows has no beams
+    code, chatted, _ = run(capsys, "chat", *flags)
+    assert code == 0 and json.loads(chatted)["answer"] == json.loads(out)[0]["answer"]
+
+
 def test_a_chat_answers_every_line_by_itself(tmp_path, capsys, monkeypatch):
     checkpoint = untrained(tmp_path / "model")
     flags = ["--checkpoint", checkpoint, "--max-new-tokens", 12, "--temperature", 2]
