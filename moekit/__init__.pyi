@@ -107,6 +107,9 @@ from .evaluation.scores import (
 from .generation_config import (
     GenerationSettings as GenerationSettings,
 )
+from .model.convert import (
+    export as export,
+)
 from .model.decoding import (
     generate as generate,
 )

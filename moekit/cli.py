@@ -21,6 +21,7 @@ VERBS = {
     "tour": "Execute the notebooks in their small setting.",
     "train": "Train a preset or a checkpoint on a mixture or a corpus.",
     "upcycle": "Make an MoE checkpoint from a dense one.",
+    "convert": "Convert a checkpoint of transformers into one of moekit, or the reverse.",
     "generate": "Answer texts with a checkpoint.",
     "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",

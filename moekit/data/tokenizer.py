@@ -151,6 +151,50 @@ class SentencePieceTokenizer(Tokenizer):
         return self._digest
 
 
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of the library tokenizers with T5's special ids.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not such a file, or its special ids are not T5's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import tokenizers
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.json")
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
+        special_ids = tuple(map(self._tokenizer.token_to_id, ("<pad>", "</s>", "<unk>")))
+        if special_ids != (PAD, EOS, UNK):
+            raise ValueError(
+                f"{path} has <pad>, </s>, <unk> = {special_ids}; T5's ids are {(PAD, EOS, UNK)}"
+            )
+        first_sentinel = self._tokenizer.token_to_id("<extra_id_0>")
+        self.pieces = self._tokenizer.get_vocab_size()
+        if first_sentinel is not None:
+            self.pieces = first_sentinel + 1 - NUM_SENTINELS
+        self.path = path
+        self._digest = hashlib.sha256(content).hexdigest()[:12]
+
+    def __reduce__(self) -> tuple:
+        return JsonTokenizer, (self.path,)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids) if ids else ""
+
+    def digest(self) -> str:
+        return self._digest
+
+
 def train_sentencepiece(
     texts: Iterable[str], path: str | Path, vocab_size: int = 8192
 ) -> SentencePieceTokenizer:
@@ -206,11 +250,14 @@ def train_sentencepiece(
 
 @functools.lru_cache(maxsize=8)
 def _load(spec: str) -> Tokenizer:
-    return ByteTokenizer() if spec == "byte" else SentencePieceTokenizer(spec)
+    if spec == "byte":
+        return ByteTokenizer()
+    return JsonTokenizer(spec) if spec.endswith(".json") else SentencePieceTokenizer(spec)
 
 
 def load_tokenizer(spec: str | Path | Tokenizer | None) -> Tokenizer:
-    """The tokenizer that a configuration names: "byte" or the path of a SentencePiece model."""
+    """The tokenizer that a configuration names: "byte", or the path of a SentencePiece model or
+    of a tokenizer.json."""
     if spec is None:
         raise ValueError(
             "this model names no tokenizer: use cfg.replace(tokenizer='byte') or the path of a "

@@ -13,7 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moekit.config import ModelConfig
-from moekit.distributed import allgather_objects, run_on_first
+from moekit.distributed import allgather_objects, is_first, run_on_first
+from moekit.model.convert import is_transformers_folder, load_transformers
+from moekit.model.convert_hub import download_model, is_hub_id
+from moekit.model.convert_tokenizer import check_tokenizer, copy_tokenizer
+from moekit.model.convert_write import new_folder
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.routing import Router
 from moekit.training.state import abstract_model
@@ -200,6 +204,34 @@ def save(path: str | Path, model: EncoderDecoder) -> None:
     checkpoints.close()
 
 
+def save_whole(path: str | Path, model: EncoderDecoder) -> None:
+    """`save` into a new folder, with the tokenizer; it appears when all of it is written.
+
+    Raises:
+      FileExistsError: the folder exists.
+      OSError: the disk is full or not writable.
+    """
+    path = Path(path).absolute()
+    check_tokenizer(model.cfg.tokenizer)
+    num_bytes = 4 * model.cfg.num_parameters().total
+    with new_folder(path, num_bytes) as folder:
+        cfg = model.cfg
+        if is_first():
+            copied = copy_tokenizer(cfg.tokenizer, folder)
+            if copied not in (None, "byte"):
+                cfg = cfg.replace(tokenizer=str(path / Path(copied).name))
+        graphdef, state = nnx.split(model)
+        renamed = nnx.merge(graphdef, state)
+        renamed.cfg = cfg
+        save(folder, renamed)
+
+
+def is_native_folder(path: Path) -> bool:
+    """Whether a folder holds checkpoints that `save` or `train` wrote."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
 def load(
     path: str | Path,
     *,
@@ -208,11 +240,15 @@ def load(
     router: Router | None = None,
     mesh: Mesh | None = None,
 ) -> EncoderDecoder:
-    """The model in a folder that `save` or `train` wrote.
+    """The model in a folder that `save` or `train` wrote, or in one of transformers.
 
-    Arrays are read straight into their shards; no other copy of the parameters is made.
+    Arrays are read straight into their shards; no other copy of the parameters is made. T5,
+    T5 v1.1, Flan-T5 and Switch Transformers are read from their safetensors or torch files (without
+    torch), in float32, with their tokenizer and generation settings. The public Switch checkpoints
+    are pretrained only: until they are tuned, they answer with gibberish.
 
     Args:
+      path: a folder, or the name of a model on the Hugging Face hub, as google/flan-t5-small.
       step: default the newest checkpoint.
       cfg: expected configuration.
       router: the router of your own that the model was trained with: a checkpoint stores its name.
@@ -220,12 +256,19 @@ def load(
 
     Raises:
       FileNotFoundError: there is no checkpoint, or none of that step.
-      ValueError: the checkpoint is damaged or of another configuration (naming the fields), or it
-        needs a router of its author.
+      ConnectionError: a name of the hub without a network.
+      ValueError: the checkpoint is damaged or of another configuration (naming the fields), it
+        needs a router of its author, or it is of another model family.
     """
+    if not Path(path).exists() and is_hub_id(str(path)):
+        path = download_model(str(path))
     path = Path(path)
+    if is_transformers_folder(path):
+        model = load_transformers(path, mesh)
+        _check_config(path, to_json(model.cfg.to_dict()), cfg)
+        return model
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not folder.is_dir() or not any(child.name.isdigit() for child in folder.iterdir()):
+    if not is_native_folder(path):
         raise FileNotFoundError(f"no checkpoint in {path}: give a folder written by train or save")
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps()
@@ -236,15 +279,19 @@ def load(
     if step is None:
         step = steps[-1]
     saved = checkpoints.metadata(step)["model"]
+    _check_config(path, saved, cfg)
     if cfg is None:
         cfg = ModelConfig.from_dict(saved, router)
-    elif saved != to_json(cfg.to_dict()):
-        difference = describe_differences(saved, to_json(cfg.to_dict()))
-        raise ValueError(f"{path} holds a model of another configuration ({difference})")
     abstract = abstract_model(lambda: EncoderDecoder(cfg, mesh=mesh), mesh)
     model = restore_model(checkpoints, step, abstract)
     checkpoints.close()
     return model
+
+
+def _check_config(path: Path, saved: dict[str, Any], expected: ModelConfig | None) -> None:
+    if expected is not None and saved != to_json(expected.to_dict()):
+        difference = describe_differences(saved, to_json(expected.to_dict()))
+        raise ValueError(f"{path} holds a model of another configuration ({difference})")
 
 
 def restore_model(checkpoints: Checkpoints, step: int, model: EncoderDecoder) -> EncoderDecoder:

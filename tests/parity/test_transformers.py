@@ -1,96 +1,166 @@
-"""Ours beside transformers: equal weights give equal logits, and a bench at equal drops.
+"""Ours beside transformers: models that it saved give equal logits, and a bench at equal drops.
 
 Skipped where torch or transformers is missing; `make parity` installs both.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import moekit as mk
 from moekit.bench.baselines import peers
-from moekit.bench.timing import full_batch
-from moekit.config import ModelConfig
-from moekit.model.transformer import EncoderDecoder
+from moekit.data.batch import Batch
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from safetensors.numpy import load_file  # noqa: E402
 
-LAYERS, D, F, HEADS, H, V = 2, 32, 48, 2, 16, 64
-ATTENTION = {"wq_dnh": "q", "wk_dnh": "k", "wv_dnh": "v", "wo_nhd": "o"}
-FFN = {"relu": {"wi_df": "wi"}, "gated_gelu": {"wg_df": "wi_0", "wi_df": "wi_1"}}
-
-
-def read_from(peer, model: EncoderDecoder, activation: str) -> None:
-    """Overwrite the parameters of ours with those of a transformers T5."""
-    weights = {name: jnp.asarray(p.detach().numpy()) for name, p in peer.named_parameters()}
-
-    def put(parameter, *names, rows=True):
-        # torch keeps [out, in]
-        stacked = jnp.stack([weights[n].T if rows else weights[n] for n in names])
-        parameter[...] = stacked.reshape(parameter[...].shape)
-
-    put(model.embedding_vd, "shared.weight", rows=False)
-    if model.head_dv is not None:
-        put(model.head_dv, "lm_head.weight")
-    for stack in ("encoder", "decoder"):
-        ours, blocks = getattr(model, stack), [f"{stack}.block.{i}.layer" for i in range(LAYERS)]
-        (layer,) = ours.blocks
-        parts = [("self", layer.self_attention, "SelfAttention")]
-        if stack == "decoder":
-            parts.append(("cross", layer.cross_attention, "EncDecAttention"))
-        for i, (kind, attention, theirs) in enumerate(parts):
-            norm = getattr(layer, f"{kind}_norm")
-            put(norm.scale_d, *(f"{b}.{i}.layer_norm.weight" for b in blocks), rows=False)
-            for name, there in ATTENTION.items():
-                parameter = getattr(attention, name)
-                put(parameter, *(f"{b}.{i}.{theirs}.{there}.weight" for b in blocks))
-        i = len(parts)
-        put(layer.ffn_norm.scale_d, *(f"{b}.{i}.layer_norm.weight" for b in blocks), rows=False)
-        for name, there in (FFN[activation] | {"wo_fd": "wo"}).items():
-            parameter = getattr(layer.ffn, name)
-            put(parameter, *(f"{b}.{i}.DenseReluDense.{there}.weight" for b in blocks))
-        bias = f"{blocks[0]}.0.SelfAttention.relative_attention_bias.weight"
-        put(ours.bias.bias_bn, bias, rows=False)
-        put(ours.norm.scale_d, f"{stack}.final_layer_norm.weight", rows=False)
+torch.set_num_threads(2)
+V = 96
+T5 = "T5"
+SWITCH = "SwitchTransformers"
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 3}
+MODELS = {
+    "v1.0": (T5, {}),
+    "v1.1": (T5, V1_1),
+    "v1.1 untied": (T5, V1_1 | {"untied": True}),
+    "scaled untied": (T5, {"untied": True}),
+    "switch": (SWITCH, SPARSE | {"num_experts": 4, "expert_capacity": 64}),
+    "switch drops": (SWITCH, SPARSE | {"num_experts": 4, "expert_capacity": 3}),
+    "switch many": (SWITCH, SPARSE | {"num_experts": 16, "expert_capacity": 1}),
+}
 
 
-@pytest.mark.parametrize("activation", ["relu", "gated_gelu"])
-def test_equal_weights_give_equal_logits(activation):
-    peer = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=V,
-            d_model=D,
-            d_ff=F,
-            d_kv=H,
-            num_layers=LAYERS,
-            num_heads=HEADS,
-            feed_forward_proj=activation.replace("_", "-"),
-            decoder_start_token_id=0,
-        )
-    ).eval()
-    shape = {"d_model": D, "d_ff": F, "num_heads": HEADS, "head_dim": H, "vocab_size": V}
-    model = EncoderDecoder(
-        ModelConfig(
-            name="t5",
-            encoder_layers=LAYERS,
-            decoder_layers=LAYERS,
-            activation=activation,
-            tied_logits=True,
-            **shape,
-        )
+def peer_of(name, seed=0):
+    family, changes = MODELS[name]
+    changes = dict(changes)
+    untied = changes.pop("untied", False)
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=V,
+        d_model=32,
+        d_ff=48,
+        d_kv=8,
+        num_layers=2,
+        num_decoder_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        **changes,
     )
-    read_from(peer, model, activation)
-    batch = full_batch(3, 40, 24, V)
-    with torch.no_grad():
-        theirs = peer(
-            input_ids=torch.tensor(batch.inputs.tolist()),
-            labels=torch.tensor(batch.targets.tolist()),
-        ).logits
+    peer = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    if untied:
+        peer.lm_head.weight = torch.nn.Parameter(torch.randn(V, 32))
+    return peer
+
+
+def padded_batch(input_length, target_length, *, left, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def side(length):
+        lengths = np.array([length, length - 7, length // 2, 5])[:, None]
+        index = np.arange(length)
+        mask = index >= length - lengths if left else index < lengths
+        ids = np.where(mask, rng.integers(3, V, mask.shape), 0).astype(np.int32)
+        positions = np.where(mask, np.cumsum(mask, 1) - 1, 0).astype(np.int32)
+        return ids, mask.astype(np.int32), positions
+
+    targets = side(target_length)
+    return Batch(*side(input_length), *targets, targets[1].astype(np.float32))
+
+
+def peer_output(peer, batch, **settings):
+    labels = np.where(batch.loss_weights > 0, batch.targets, -100)
+    return peer(
+        input_ids=torch.tensor(batch.inputs).long(),
+        attention_mask=torch.tensor(batch.input_segments).long(),
+        decoder_attention_mask=torch.tensor(batch.target_segments).long(),
+        labels=torch.tensor(labels).long(),
+        **settings,
+    )
+
+
+@jax.jit
+def mean_loss(logits, batch):
+    log_probs = jax.nn.log_softmax(logits)
+    picked = jax.numpy.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
+    return -(picked * batch.loss_weights).sum() / batch.loss_weights.sum()
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right padding", "left padding"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_gradients_and_drops_are_equal(name, left, tmp_path):
+    peer = peer_of(name)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = mk.load(tmp_path / "theirs")
+    batch = padded_batch(40, 24, left=left)
+    theirs = peer_output(peer, batch)
+    theirs.loss.backward()
     graphdef, state = nnx.split(model)
-    ours = jax.jit(lambda state, batch: nnx.merge(graphdef, state)(batch).logits)(state, batch)
-    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
+
+    @jax.jit
+    def run(state, batch):
+        def loss(state):
+            output = nnx.merge(graphdef, state)(batch, trace=True)
+            return mean_loss(output.logits, batch), output
+
+        return jax.value_and_grad(loss, has_aux=True)(state)
+
+    (loss, output), gradients = run(state, batch)
+    real = batch.loss_weights > 0
+    expected = theirs.logits.detach().numpy()[real]
+    np.testing.assert_allclose(
+        output.logits[real], expected, atol=1e-5 * np.abs(expected).max(), rtol=0
+    )
+    assert float(loss) == pytest.approx(theirs.loss.item(), rel=1e-5)
+    expected = peer.shared.weight.grad.numpy()
+    gradient = gradients.embedding_vd[...]
+    np.testing.assert_allclose(gradient, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    dropped = sum(float(stats.dropped_tokens.sum()) for stats in output.stats.values())
+    assert (dropped > 0) == (name in ("switch drops", "switch many"))
+
+
+def test_distances_beyond_the_buckets(tmp_path):
+    peer = peer_of("v1.0")
+    peer.save_pretrained(tmp_path)
+    batch = padded_batch(300, 180, left=False)
+    with torch.no_grad():
+        expected = peer_output(peer, batch).logits.numpy()
+    logits = nnx.jit(lambda model, batch: model(batch).logits)(mk.load(tmp_path), batch)
+    real = batch.loss_weights > 0
+    np.testing.assert_allclose(logits[real], expected[real], atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_return_bit_for_bit_and_load_without_missing_keys(name, tmp_path):
+    peer = peer_of(name)
+    peer.save_pretrained(tmp_path / "theirs")
+    mk.export(tmp_path / "ours", mk.load(tmp_path / "theirs"))
+    first, second = (
+        load_file(tmp_path / each / "model.safetensors") for each in ("theirs", "ours")
+    )
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        np.testing.assert_array_equal(second[key], tensor)
+    again, report = type(peer).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    batch = padded_batch(16, 12, left=False)
+    with torch.no_grad():
+        logits = [peer_output(each.eval(), batch).logits for each in (peer, again)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["v1.1 untied", "switch"])
+def test_torch_files_are_read_without_torch(name, tmp_path):
+    peer = peer_of(name)
+    peer.save_pretrained(tmp_path)
+    expected = mk.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(peer.state_dict(), tmp_path / "pytorch_model.bin")
+    found = mk.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(expected))
 
 
 def test_the_bench_drops_the_same_on_both_sides():
