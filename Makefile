@@ -34,6 +34,7 @@ parity: $(STAMP)  ## add torch and transformers, compare with them
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
 	$(BIN)/python -m pytest tests/parity -n 0
 	$(BIN)/moekit bench peers
+	$(BIN)/moekit bench generation
 
 release: $(STAMP)  ## write address and tag: make release REPO=https://github.com/OWNER/NAME TAG=v0.1.0
 	$(BIN)/python tools/release.py "$(REPO)" "$(TAG)"

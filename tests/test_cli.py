@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import moekit as mk
-from moekit.bench import baselines, input, layer, step
+from moekit.bench import baselines, generation, input, layer, step
 from moekit.cli import VERBS, command, main
 from moekit.data import packing
 
@@ -83,6 +83,7 @@ BENCHMARKS = {
     "step": step.step,
     "input": input.input_pipeline,
     "peers": baselines.peers,
+    "generation": generation.generation,
 }
 
 

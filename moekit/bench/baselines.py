@@ -7,11 +7,7 @@ transformers drops what exceeds `expert_capacity` of a sequence, which is set to
 ours is dropless: neither drops a token.
 """
 
-import multiprocessing
-import os
 import statistics
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from moekit.bench.timing import full_batch, interleaved_times, median_ratio, min_ratio
+from moekit.bench.sides import (
+    BASELINE,
+    OURS,
+    Functions,
+    baseline_versions,
+    compare,
+    num_threads,
+)
+from moekit.bench.timing import full_batch, median_ratio, min_ratio
 from moekit.config import ModelConfig
 from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
@@ -32,11 +36,6 @@ HEAD_DIM = 64
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward + backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
-OURS = "ours"
-BASELINE = "peer"
-
-# the timed functions of the process that runs one side, by direction
-_FUNCTIONS: dict[str, Callable[[], object]] = {}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def peers(
     Raises:
       ValueError: torch or transformers is not installed.
     """
-    baseline = _baseline_versions()
+    baseline = baseline_versions("peers")
     rows = []
     for num_experts in ProgressBar(experts, desc="bench peers", unit="model"):
         work = Work(
@@ -97,9 +96,9 @@ def peers(
             d_model=d_model,
             d_ff=d_ff,
             vocab_size=vocab_size,
-            threads=_num_threads(),
+            threads=num_threads(),
         )
-        times, dropped = _compare(work, repeats)
+        times, dropped = compare(our_functions, _transformers_functions, work, repeats)
         for direction in DIRECTIONS:
             our_ms = times[OURS, direction]
             baseline_ms = times[BASELINE, direction]
@@ -125,60 +124,6 @@ def peers(
     return rows
 
 
-def _baseline_versions() -> str:
-    """Names and versions of what we compare with; ValueError where it is not installed."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f'bench peers compares with transformers on torch ({error}): pip install -e ".[parity]"'
-        ) from error
-    return f"transformers {transformers.__version__}, torch {torch.__version__}"
-
-
-def _num_threads() -> int:
-    """As many as XLA uses: every processor that the process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _compare(work: Work, repeats: int) -> tuple[dict[tuple[str, str], list[float]], dict[str, int]]:
-    """Milliseconds by side and direction, and dropped choices by side."""
-    spawn = multiprocessing.get_context("spawn")
-    # separate processes: neither side's threads nor memory disturb the other's
-    with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as baseline:
-        pools = {OURS: ours, BASELINE: baseline}
-        dropped = {}
-        functions = {}
-        for side, pool in pools.items():
-            dropped[side] = pool.submit(_prepare, side, work).result()
-            for direction in DIRECTIONS:
-                functions[side, direction] = _remote_call(pool, direction)
-        interleaved_times(functions, 1)  # memory grows to its final size
-        return interleaved_times(functions, repeats), dropped
-
-
-def _remote_call(pool: ProcessPoolExecutor, direction: str) -> Callable[[], object]:
-    def call() -> object:
-        return pool.submit(_run, direction).result()
-
-    return call
-
-
-def _prepare(side: str, work: Work) -> int:
-    """Make one side's model in this process; returns how many choices it drops."""
-    make = our_functions if side == OURS else _transformers_functions
-    functions, num_dropped = make(work)
-    _FUNCTIONS.update(functions)
-    return num_dropped
-
-
-def _run(direction: str) -> None:
-    _FUNCTIONS[direction]()
-
-
 def our_config(work: Work) -> ModelConfig:
     """T5 v1.0, or Switch with every second layer sparse."""
     num_sparse = NUM_LAYERS // 2 if work.num_experts else 0
@@ -201,7 +146,7 @@ def our_config(work: Work) -> ModelConfig:
     )
 
 
-def our_functions(work: Work) -> tuple[dict[str, Callable[[], object]], int]:
+def our_functions(work: Work) -> tuple[Functions, int]:
     """Our compiled functions by direction, and how many choices they drop."""
     cfg = our_config(work)
     tokens = work.tokens()
@@ -231,12 +176,12 @@ def our_functions(work: Work) -> tuple[dict[str, Callable[[], object]], int]:
     return functions, int(num_dropped)
 
 
-def _transformers_functions(work: Work) -> tuple[dict[str, Callable[[], object]], int]:
+def _transformers_functions(work: Work) -> tuple[Functions, int]:
     """The functions of transformers; dropped choices are counted at its routers."""
     import torch
 
     torch.set_num_threads(work.threads)
-    model = _transformers_model(work)
+    model = transformers_model(work)
     batch = work.tokens()
     input_ids = torch.tensor(batch.inputs.tolist())
     labels = torch.tensor(batch.targets.tolist())
@@ -266,7 +211,8 @@ def _transformers_functions(work: Work) -> tuple[dict[str, Callable[[], object]]
     return functions, sum(dropped_per_router)
 
 
-def _transformers_model(work: Work) -> Any:
+def transformers_model(work: Work) -> Any:
+    """T5 or Switch of transformers, randomly initialised, with a slot for every token."""
     import transformers
 
     if not work.num_experts:

@@ -1,4 +1,4 @@
-"""moekit bench layer | step | input | peers: timings, with the parameters of each benchmark."""
+"""The benchmarks of moekit bench: timings, and the parameters of each benchmark."""
 
 from moekit.commands.environment import keep_freed_memory
 from moekit.commands.flags import mesh_axes, require_at_least
@@ -164,9 +164,65 @@ def bench_peers(
     return 0
 
 
+def bench_generation(
+    *,
+    experts: tuple[int, ...] = (0, 32),
+    batch: int = 8,
+    input_length: int = 128,
+    new_tokens: int = 64,
+    question_length: int = 256,
+    options: int = 4,
+    option_length: int = 8,
+    d_model: int = 256,
+    d_ff: int = 1024,
+    vocab_size: int = 32_128,
+    repeats: int = 9,
+    json: AsJson = False,
+) -> int:
+    """Time greedy generation and the ranking of options beside transformers, on the CPU.
+
+    Args:
+      experts: Numbers of experts to time; 0 is the dense model.
+      batch: Inputs that are answered together, and questions that are ranked together.
+      input_length: Tokens of an input.
+      new_tokens: Tokens that are generated for each input.
+      question_length: Tokens of a question with options.
+      options: Options of a question.
+      option_length: Tokens of an option.
+      d_model: Width of the tokens.
+      d_ff: Hidden features of the feed-forward layers.
+      vocab_size: Size of the vocabulary.
+      repeats: Number of timed calls.
+    """
+    require_at_least(1, batch=batch, input_length=input_length, new_tokens=new_tokens)
+    require_at_least(1, question_length=question_length, options=options)
+    require_at_least(1, option_length=option_length)
+    require_at_least(0, experts=min(experts, default=0))
+    require_at_least(1, d_model=d_model, d_ff=d_ff, vocab_size=vocab_size, repeats=repeats)
+    keep_freed_memory()
+    from moekit.bench.generation import generation
+
+    rows = generation(
+        experts=experts,
+        batch=batch,
+        input_length=input_length,
+        new_tokens=new_tokens,
+        question_length=question_length,
+        options=options,
+        option_length=option_length,
+        d_model=d_model,
+        d_ff=d_ff,
+        vocab_size=vocab_size,
+        repeats=repeats,
+    )
+    print_result(rows, table(rows), json)
+    return 0
+
+
 COMMAND = {
     "layer": bench_layer,
     "step": bench_step,
     "input": bench_input,
     "peers": bench_peers,
+    "generation": bench_generation,
 }

@@ -10,6 +10,7 @@ from flax import nnx
 
 import moekit as mk
 from moekit.bench.baselines import Work, our_config, our_functions
+from moekit.bench.generation import decoding_work, our_decoding
 from moekit.bench.layer import SHAPES, EinsumMoE
 from moekit.cli import main
 
@@ -84,8 +85,45 @@ def test_ours_drops_nothing_at_the_peers_work():
     assert max(abs(g).max() for g in jax.tree.leaves(gradient)) > 0
 
 
-def test_without_torch_one_line_names_the_extra(capsys, monkeypatch):
+def test_generation_does_equal_work_on_both_sides(capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    sizes = ["--experts", 4, "--d-model", 64, "--d-ff", 32, "--vocab-size", 128]
+    work = ["--batch", 2, "--input-length", 12, "--new-tokens", 5, "--repeats", 1]
+    options = ["--question-length", 70, "--options", 3, "--option-length", 4]
+    rows = rows_of(capsys, "generation", *sizes, *work, *options)
+    assert [row["task"] for row in rows] == ["generate", "rank"]
+    for row in rows:
+        assert row["model"] == "switch" and row["experts"] == 4
+        counted = 2 * 5 if row["task"] == "generate" else 2
+        assert row["ours_count"] == row["peer_count"] == counted
+        ratio = row["ours_per_second"] / row["peer_per_second"]
+        assert row["speedup"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_we_generate_every_token_that_is_timed():
+    work = decoding_work(
+        num_experts=4,
+        batch=2,
+        input_length=12,
+        new_tokens=5,
+        question_length=20,
+        num_options=3,
+        option_length=4,
+        d_model=64,
+        d_ff=32,
+        vocab_size=128,
+    )
+    functions, num_generated = our_decoding(work)
+    assert num_generated == 2 * 5
+    found = functions["rank"]()
+    assert [[option.tokens for option in each] for each in found] == [[4] * 3] * 2
+
+
+@pytest.mark.parametrize("benchmark", ["peers", "generation"])
+def test_without_torch_one_line_names_the_extra(benchmark, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(["bench", "peers"]) == 2
+    assert main(["bench", benchmark]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and 'pip install -e ".[parity]"' in error
+    assert f"bench {benchmark} " in error
