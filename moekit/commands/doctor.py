@@ -140,8 +140,8 @@ def as_text(found: dict[str, Any]) -> str:
     versions = [f"{name:18} {version or 'MISSING'}" for name, version in found["versions"].items()]
     environment = found["environment"].strip().splitlines()
     sections = {"versions": versions}
-    if environment:
-        sections["environment (jax)"] = environment
+    if environment or found["backend"] is None:
+        sections["environment (jax)"] = environment or ["unknown: jax has no device"]
     sections |= {
         f"devices ({found['backend']}, {found['cpus']} CPU cores)": found["devices"] or ["none"],
         "data": found["data"]["found"],

@@ -68,6 +68,12 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--set {setting}: write FIELD=VALUE, for example num_experts=16")
         if field not in types_of_field:
             raise unknown("field of ModelConfig", field, types_of_field)
+        if field == "generation":
+            raise ValueError(
+                "--set generation: the settings of `generate` are changed in Python, with "
+                "cfg.replace(generation=mk.GenerationSettings(..)), or by the flags of "
+                "`moekit generate`"
+            )
         changes[field] = _read_value(field, text, types_of_field[field])
     return changes
 
