@@ -147,7 +147,7 @@ class ModelConfig:
             raise bad_field(self, self.name, "num_experts", fix)
 
     def _check_moe_layers(self, stack: str) -> None:
-        layers = getattr(self, f"{stack}_layers")
+        layers = self.num_layers(stack)
         sparse = getattr(self, f"{stack}_moe_layers")
         if sparse < 0 or (sparse > 0 and layers % sparse != 0):
             divisors = [number for number in range(1, layers + 1) if layers % number == 0]
@@ -197,6 +197,14 @@ class ModelConfig:
         is_scaled = self.tied_logits if self.scaled_logits is None else self.scaled_logits
         return self.d_model**-0.5 if is_scaled else 1.0
 
+    def num_layers(self, stack: str) -> int:
+        """Number of layers of "encoder" or "decoder"."""
+        return getattr(self, f"{stack}_layers")
+
+    def num_blocks(self, stack: str) -> int:
+        """Number of equal blocks of layers that "encoder" or "decoder" repeats."""
+        return self.moe_layers(stack) or self.num_layers(stack)
+
     def moe_layers(self, stack: str) -> int:
         """Number of sparse layers of "encoder" or "decoder"."""
         return getattr(self, f"{stack}_moe_layers") if self.num_experts else 0
@@ -206,7 +214,7 @@ class ModelConfig:
         num_sparse = self.moe_layers(stack)
         if not num_sparse:
             return None
-        last = getattr(self, f"{stack}_layers") // num_sparse - 1
+        last = self.num_layers(stack) // num_sparse - 1
         return last if self.sparse_layer is None else min(self.sparse_layer, last)
 
     def stack_router(self, stack: str) -> Router:
@@ -246,7 +254,7 @@ class ModelConfig:
         )
 
     def _stack_parameters(self, stack: str) -> Parameters:
-        layers = getattr(self, f"{stack}_layers")
+        layers = self.num_layers(stack)
         sparse = self.moe_layers(stack)
         attentions_per_layer = 2 if stack == "decoder" else 1
         attention = self.attention_parameters() + self.d_model  # with its norm
@@ -285,7 +293,7 @@ class ModelConfig:
         return 2.0 * encoder, 2.0 * decoder
 
     def _active_matrix_parameters(self, stack: str) -> int:
-        layers = getattr(self, f"{stack}_layers")
+        layers = self.num_layers(stack)
         sparse = self.moe_layers(stack)
         attentions_per_layer = 2 if stack == "decoder" else 1
         expert = self.ffn_parameters(self.expert_d_ff or self.d_ff)

@@ -258,6 +258,13 @@ def variable_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     return Sharding().spec(shape, axes, mesh)
 
 
+def variable_sharding(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where a parameter is stored: sharded over a mesh, or on the first device."""
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, variable_spec(variable, mesh))
+
+
 def restrict_spec(
     spec: PartitionSpec,
     kept: tuple[str, ...] = BATCH_AXES,

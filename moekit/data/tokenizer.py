@@ -113,10 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.eos_id(),
             self._processor.unk_id(),
         )
-        if special_ids != (PAD, EOS, UNK):
-            raise ValueError(
-                f"{path} has pad, eos, unk = {special_ids}; T5's ids are {(PAD, EOS, UNK)}"
-            )
+        _check_special_ids(path, special_ids)
         self.path = path
         self.pieces = self._processor.GetPieceSize()
         self._digest = hashlib.sha256(model).hexdigest()[:12]
@@ -171,10 +168,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
         special_ids = tuple(map(self._tokenizer.token_to_id, ("<pad>", "</s>", "<unk>")))
-        if special_ids != (PAD, EOS, UNK):
-            raise ValueError(
-                f"{path} has <pad>, </s>, <unk> = {special_ids}; T5's ids are {(PAD, EOS, UNK)}"
-            )
+        _check_special_ids(path, special_ids)
         first_sentinel = self._tokenizer.token_to_id("<extra_id_0>")
         self.pieces = self._tokenizer.get_vocab_size()
         if first_sentinel is not None:
@@ -193,6 +187,13 @@ class JsonTokenizer(Tokenizer):
 
     def digest(self) -> str:
         return self._digest
+
+
+def _check_special_ids(path: Path, special_ids: tuple[int | None, ...]) -> None:
+    if special_ids != (PAD, EOS, UNK):
+        raise ValueError(
+            f"{path} has pad, eos, unk = {special_ids}; T5's ids are {(PAD, EOS, UNK)}"
+        )
 
 
 def train_sentencepiece(

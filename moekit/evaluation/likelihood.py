@@ -26,7 +26,7 @@ from moekit.model.batching import encode_inputs, input_rows, length_groups
 from moekit.model.incremental import decode_states, start_cache
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
-from moekit.sharding import shard_batch, use_mesh
+from moekit.sharding import shard_batch
 
 MAX_INPUTS = 16  # inputs in a batch
 MAX_OPTIONS = 64  # options in a batch
@@ -73,8 +73,7 @@ def _compiled_scores(graphdef: nnx.GraphDef) -> Callable[..., _Scores]:
         states, _ = decode_states(model, layer_states, decoder_inputs, cache, mask)
         flat_targets = targets.reshape(questions, -1)
 
-        with use_mesh(model.mesh):
-            logits = model.logits(states)
+        logits = model.logits(states)
         target_logits = jnp.take_along_axis(logits, flat_targets[..., None], axis=-1)[..., 0]
         log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
         is_best = logits.argmax(-1) == flat_targets

@@ -11,7 +11,6 @@ Q questions, W beams, C candidates, L input length, T longest output, V vocabula
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moekit.data.tokenizer import EOS, PAD
 from moekit.model.cache import Cache
-from moekit.model.incremental import LayerStates, decode_token, start_cache
+from moekit.model.incremental import (
+    LayerStates,
+    Programs,
+    decode_token,
+    decode_until,
+    start_cache,
+)
 
 NONE = -jnp.inf  # the score of no answer, and the log-probability of no beam
 
@@ -83,13 +88,6 @@ class Length(NamedTuple):
         return self.divisor(num_tokens)
 
 
-class Programs(NamedTuple):
-    """Compiled functions: encode a batch, and search up to a limit of tokens."""
-
-    start: Callable[..., tuple[LayerStates, State]]
-    advance: Callable[..., State]
-
-
 @functools.lru_cache(maxsize=32)
 def programs(graphdef: nnx.GraphDef, num_beams: int, length: Length) -> Programs:
     """The programs for a number of beams."""
@@ -126,10 +124,6 @@ def programs(graphdef: nnx.GraphDef, num_beams: int, length: Length) -> Programs
     ) -> State:
         model = nnx.merge(graphdef, parameters)
 
-        def is_unfinished(state: State) -> Bool[Array, ""]:
-            has_room = state.step < limit
-            return has_room & state.finite & ~state.finished.all()
-
         def decode(state: State) -> State:
             last_step = jnp.maximum(state.step - 1, 0)
             sequences = state.running.sequences
@@ -137,7 +131,7 @@ def programs(graphdef: nnx.GraphDef, num_beams: int, length: Length) -> Programs
             logits, cache = decode_token(model, layer_states, last_tokens, state.cache)
             return search_step(state, logits, cache, length)
 
-        return jax.lax.while_loop(is_unfinished, decode, state)
+        return decode_until(limit, decode, state)
 
     # the cache is updated in place
     return Programs(jax.jit(start), jax.jit(advance, donate_argnames="state"))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from moekit.config import ModelConfig
 from moekit.distributed import is_first
@@ -33,7 +33,7 @@ from moekit.model.convert_tokenizer import check_tokenizer, copy_tokenizer, toke
 from moekit.model.convert_write import SafetensorsWriter, new_folder
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
-from moekit.sharding import variable_spec
+from moekit.sharding import variable_sharding
 
 ALIGNMENT = 64  # bytes; jax for CPU uses such a numpy array without a copy
 GENERATION = "generation_config.json"
@@ -42,12 +42,6 @@ GENERATION = "generation_config.json"
 def is_transformers_folder(folder: Path) -> bool:
     """Whether a folder holds a model of transformers."""
     return (folder / "config.json").is_file()
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a model of transformers; see `load_transformers`."""
-    values = read_json(folder / "config.json")
-    return _config(folder, values, _open_files(folder, values))
 
 
 def load_transformers(folder: Path, mesh: Mesh | None = None) -> EncoderDecoder:
@@ -72,7 +66,7 @@ def load_transformers(folder: Path, mesh: Mesh | None = None) -> EncoderDecoder:
     num_tensors = sum(len(part.names) for part in parts.values())
     with ProgressBar(total=num_tensors, desc="load", unit="tensor", leave=False) as progress:
         for names, variable in variables.items():
-            sharding = _sharding(variable, mesh)
+            sharding = variable_sharding(variable, mesh)
             array = _read_array(files, parts[names], sharding, progress)
             variables[names] = variable.replace(array)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
@@ -145,12 +139,6 @@ def _check_tensors(files: CheckpointFiles, parts: dict[Names, Layout]) -> None:
             f"{files.folder} does not hold the model that its config.json describes: "
             f"{'; '.join(problems)}"
         )
-
-
-def _sharding(variable: nnx.Variable, mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, variable_spec(variable, mesh))
 
 
 def _read_array(

@@ -187,7 +187,7 @@ def _sparse_fields(values: Mapping[str, Any], source: Path) -> dict[str, int | N
 def _num_sparse(cfg: ModelConfig, stack: str) -> int | None:
     """The number of sparse layers that makes transformers place them as we do; None: there is no
     such number."""
-    num_layers = cfg.encoder_layers if stack == "encoder" else cfg.decoder_layers
+    num_layers = cfg.num_layers(stack)
     index = cfg.sparse_layer_of(stack)
     wanted = []
     if index is not None:

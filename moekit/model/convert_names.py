@@ -136,9 +136,8 @@ def _tensor_name(template: str, names: Names, index: tuple[int, ...], cfg: Model
     name = template.replace("{stack}", stack)
     if not index:
         return name
-    num_layers = cfg.encoder_layers if stack == "encoder" else cfg.decoder_layers
-    num_blocks = cfg.moe_layers(stack) or num_layers
-    layer = index[0] * (num_layers // num_blocks) + int(names[2])
+    layers_per_block = cfg.num_layers(stack) // cfg.num_blocks(stack)
+    layer = index[0] * layers_per_block + int(names[2])
     values = {
         "{ffn}": "1" if stack == "encoder" else "2",
         "{mlp}": "mlp" if cfg.num_experts else "DenseReluDense",

@@ -70,7 +70,7 @@ def _cross_attention_flops(cfg: ModelConfig, targets: int, sources: int, length:
 
 
 def _dense_layers(cfg: ModelConfig, stack: str) -> int:
-    num_layers = cfg.encoder_layers if stack == "encoder" else cfg.decoder_layers
+    num_layers = cfg.num_layers(stack)
     return num_layers - cfg.moe_layers(stack)
 
 

@@ -7,8 +7,8 @@ Q questions of a batch, L input length, T longest output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ from moekit.errors import not_finite
 from moekit.generation_config import GenerationSettings
 from moekit.model import beam_search, sampling
 from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.model.incremental import Programs
 from moekit.model.text_stream import stop_texts, text_pieces, until_stop
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
 from moekit.sharding import shard_batch
 
 CHUNK = 8  # tokens that are decoded between two looks at the text
-Programs = sampling.Programs | beam_search.Programs
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -307,25 +308,27 @@ def generation_settings(
     Raises:
       ValueError: a value is out of range, or top_k or top_p is given although nothing is sampled.
     """
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "length_normalization": length_normalization,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    settings = replace(defaults, **changes)
+    settings = GenerationSettings(
+        max_new_tokens=_first(max_new_tokens, defaults.max_new_tokens),
+        temperature=_first(temperature, defaults.temperature),
+        top_k=_first(top_k, defaults.top_k),
+        top_p=_first(top_p, defaults.top_p),
+        num_beams=_first(num_beams, defaults.num_beams),
+        length_penalty=_first(length_penalty, defaults.length_penalty),
+        length_normalization=_first(length_normalization, defaults.length_normalization),
+    )
     if settings.temperature == 0:
-        for name in ("top_k", "top_p"):
-            if name in changes:
+        for name, value in (("top_k", top_k), ("top_p", top_p)):
+            if value is not None:
                 raise ValueError(
-                    f"{name} is {changes[name]}, but temperature is 0, which is greedy: give a "
+                    f"{name} is {value}, but temperature is 0, which is greedy: give a "
                     f"temperature to sample with, for example 1.0, or leave {name} out"
                 )
     return settings
+
+
+def _first(given: Value | None, default: Value) -> Value:
+    return default if given is None else given
 
 
 def _check_stream(single: bool, num_beams: int) -> None:

@@ -9,9 +9,11 @@ Q questions, W rows of each, S new tokens of a row, L input length, T longest ou
 heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +24,31 @@ from moekit.model.transformer import Encoded, EncoderDecoder
 from moekit.sharding import use_mesh
 
 LayerStates = Sequence[nnx.State]  # see Stack.layer_states
+State = TypeVar("State")  # of a decoding loop; has the fields step, finished and finite
+
+
+class Programs(NamedTuple):
+    """Compiled functions: encode a batch, and decode up to a limit of tokens."""
+
+    start: Callable[..., tuple[LayerStates, Any]]
+    advance: Callable[..., Any]
+
+
+def decode_until(
+    limit: Int[Array, ""],
+    decode: Callable[[State], State],
+    state: State,
+) -> State:
+    """Decode one token after the other until all rows have ended, or up to a number of tokens.
+
+    It ends early where a logit was NaN or infinite.
+    """
+
+    def is_unfinished(state: State) -> Bool[Array, ""]:
+        has_room = state.step < limit
+        return has_room & state.finite & ~state.finished.all()
+
+    return jax.lax.while_loop(is_unfinished, decode, state)
 
 
 def start_cache(
@@ -107,6 +134,4 @@ def decode_token(
 ) -> tuple[Float[Array, "Q W V"], Cache]:
     """Logits of the next token of every row, given the last one."""
     x, cache = decode_states(model, states, tokens[..., None], cache)
-    with use_mesh(model.mesh):
-        logits = model.logits(x)
-    return logits, cache
+    return model.logits(x), cache

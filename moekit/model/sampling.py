@@ -4,7 +4,6 @@ Q questions, L input length, T longest output, V vocabulary, C candidates.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moekit.data.tokenizer import EOS, PAD
 from moekit.model.cache import Cache
-from moekit.model.incremental import LayerStates, decode_token, start_cache
+from moekit.model.incremental import (
+    LayerStates,
+    Programs,
+    decode_token,
+    decode_until,
+    start_cache,
+)
 
 
 class State(NamedTuple):
@@ -34,13 +39,6 @@ class Sampling(NamedTuple):
     keys: Key[Array, "Q"]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
-
-
-class Programs(NamedTuple):
-    """Compiled functions: encode a batch, and decode its next tokens up to a limit."""
-
-    start: Callable[..., tuple[LayerStates, State]]
-    advance: Callable[..., State]
 
 
 def choose(
@@ -114,10 +112,6 @@ def programs(
     ) -> State:
         model = nnx.merge(graphdef, parameters)
 
-        def is_unfinished(state: State) -> Bool[Array, ""]:
-            has_room = state.step < limit
-            return has_room & state.finite & ~state.finished.all()
-
         def decode(state: State) -> State:
             last_tokens = state.tokens[:, None]
             logits, cache = decode_token(model, layer_states, last_tokens, state.cache)
@@ -128,7 +122,7 @@ def programs(
                 tokens = jnp.argmax(logits, -1)
             return _append(state, tokens, logits, cache)
 
-        return jax.lax.while_loop(is_unfinished, decode, state)
+        return decode_until(limit, decode, state)
 
     # the cache is updated in place
     return Programs(jax.jit(start), jax.jit(advance, donate_argnames="state"))

@@ -261,10 +261,8 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, name: str, *, mesh: Mesh | None, rngs: nnx.Rngs):
-        num_layers = cfg.encoder_layers if name == "encoder" else cfg.decoder_layers
-        num_sparse = cfg.moe_layers(name)
-        self.num_blocks = num_sparse or num_layers
-        self.layers_per_block = num_layers // self.num_blocks
+        self.num_blocks = cfg.num_blocks(name)
+        self.layers_per_block = cfg.num_layers(name) // self.num_blocks
         self.blocks = ModuleList([])
         for index in range(self.layers_per_block):
             sparse = index == cfg.sparse_layer_of(name)

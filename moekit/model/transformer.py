@@ -169,12 +169,14 @@ class EncoderDecoder(nnx.Module):
             stats["decoder"], routing["decoder"] = routed
         return Output(self.logits(states), stats, routing if trace else None)
 
+    @_with_mesh
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embedded tokens in the compute type."""
         # look up in float32: the gradient of a frequent token is a long sum
         x = with_gathered_parameters(_look_up, jnp.float32, tokens, self.embedding_vd)
         return x.astype(jnp.dtype(self.cfg.dtype))
 
+    @_with_mesh
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of the decoder's states."""
         if self.cfg.logits_scale != 1:

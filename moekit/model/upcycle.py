@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from moekit.config import ModelConfig
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.layer import RouterWeights
-from moekit.sharding import use_mesh, variable_spec
+from moekit.sharding import use_mesh, variable_sharding
 
 Names = tuple[str, ...]  # the path of an array in a model
 # what the parameters of a dense model depend on, and what they mean
@@ -63,8 +63,6 @@ def origin(names: Names, cfg: ModelConfig) -> Origin | None:
     if "blocks" not in names:
         return Origin(names)
     stack, _, index, *parts = names
-    num_layers = cfg.encoder_layers if stack == "encoder" else cfg.decoder_layers
-    num_blocks = cfg.moe_layers(stack) or num_layers
     num_experts = 0
     if "experts" in parts:
         parts = ["ffn", DENSE_NAMES[parts[-1]]]
@@ -72,7 +70,7 @@ def origin(names: Names, cfg: ModelConfig) -> Origin | None:
     return Origin(
         names=(stack, "blocks", "0", *parts),
         first_row=int(index),
-        step=num_layers // num_blocks,
+        step=cfg.num_layers(stack) // cfg.num_blocks(stack),
         num_experts=num_experts,
     )
 
@@ -131,7 +129,7 @@ def upcycle_model(
     upcycled = {}
     for path, variable in nnx.to_flat_state(state):
         names = to_names(path)
-        sharding = _sharding(variable, mesh)
+        sharding = variable_sharding(variable, mesh)
         source = origin(names, cfg)
         if source is None:
             stack, *_, name = names
@@ -139,7 +137,7 @@ def upcycle_model(
             value = jax.device_put(new, sharding)
         else:
             existing = dense_variables[source.names]
-            array = jax.device_put(existing[...], _sharding(existing, mesh))
+            array = jax.device_put(existing[...], variable_sharding(existing, mesh))
             value = upcycle_array(array, source, sharding)
         upcycled[path] = variable.replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(upcycled))
@@ -165,12 +163,6 @@ def _new_routers(cfg: ModelConfig, seed: int, mesh: Mesh | None) -> dict[str, Ro
                     rngs=rngs,
                 )
     return routers
-
-
-def _sharding(variable: nnx.Variable, mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, variable_spec(variable, mesh))
 
 
 def check_upcycle(dense: ModelConfig, cfg: ModelConfig) -> None:

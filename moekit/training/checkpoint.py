@@ -226,9 +226,14 @@ def save_whole(path: str | Path, model: EncoderDecoder) -> None:
         save(folder, renamed)
 
 
+def _checkpoint_folder(path: Path) -> Path:
+    """The folder itself, or that of the checkpoints in a run's workdir."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
 def is_native_folder(path: Path) -> bool:
     """Whether a folder holds checkpoints that `save` or `train` wrote."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = _checkpoint_folder(path)
     return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
 
@@ -267,7 +272,7 @@ def load(
         model = load_transformers(path, mesh)
         _check_config(path, to_json(model.cfg.to_dict()), cfg)
         return model
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = _checkpoint_folder(path)
     if not is_native_folder(path):
         raise FileNotFoundError(f"no checkpoint in {path}: give a folder written by train or save")
     checkpoints = Checkpoints(folder)
