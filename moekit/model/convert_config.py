@@ -177,7 +177,7 @@ def _sparse_fields(values: Mapping[str, Any], source: Path) -> dict[str, int | N
         if found != list(range(found[0], num_layers, block)) or num_layers % len(found):
             raise ValueError(
                 f"{source / 'config.json'}: the sparse {stack} layers are {found} of {num_layers}, "
-                "which are no repeated blocks of equal layers, as moekit needs them"
+                "which do not repeat in equal blocks, as moekit needs them to"
             )
         if block > 1 and found[0] != block - 1:
             fields["sparse_layer"] = found[0]
@@ -185,7 +185,7 @@ def _sparse_fields(values: Mapping[str, Any], source: Path) -> dict[str, int | N
 
 
 def _num_sparse(cfg: ModelConfig, stack: str) -> int | None:
-    """The number of sparse layers that makes transformers place them as we do; None: there is no
+    """The number of sparse layers with which transformers places them as we do; None if there is no
     such number."""
     num_layers = cfg.num_layers(stack)
     index = cfg.sparse_layer_of(stack)

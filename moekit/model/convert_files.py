@@ -55,13 +55,13 @@ class SafetensorsFile:
             self._file = safe_open(self.path, "numpy")
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path} is damaged or no safetensors file ({error}): copy or download it "
+                f"{self.path} is damaged or not a safetensors file ({error}): copy or download it "
                 "again"
             ) from None
 
     def infos(self) -> dict[str, TensorInfo]:
         found = {}
-        for name in self._file.keys():  # noqa: SIM118  it is no dict
+        for name in self._file.keys():  # noqa: SIM118  not a dict
             part = self._file.get_slice(name)
             found[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
         return found
@@ -191,9 +191,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error}): copy or download it again") from None
+        raise ValueError(
+            f"{path} is not a JSON file ({error}): copy or download it again"
+        ) from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: copy or download it again")
+        raise ValueError(f"{path} does not hold a JSON object: copy or download it again")
     return values
 
 

@@ -32,7 +32,7 @@ def download_model(repository: str) -> Path:
         return Path(snapshot_download(repository, local_files_only=True))
     except Exception:
         raise ConnectionError(
-            f"{repository} is no folder here and could not be loaded from the Hugging Face hub "
+            f"{repository} is not a folder here and could not be loaded from the Hugging Face hub "
             f"({reason}): check the name; without a network, download the model elsewhere "
             f"(huggingface-cli download {repository} --local-dir FOLDER) and give that folder"
         ) from None

@@ -156,9 +156,9 @@ def layouts(shapes: Mapping[Names, Shape], cfg: ModelConfig) -> dict[Names, Layo
       ValueError: arrays that transformers has no tensors for.
     """
     found: dict[Names, Any] = {names: layout(names, shape, cfg) for names, shape in shapes.items()}
-    homeless = ["/".join(map(str, names)) for names, each in found.items() if each is None]
-    if homeless:
+    without_tensor = ["/".join(map(str, names)) for names, each in found.items() if each is None]
+    if without_tensor:
         raise ValueError(
-            f"{cfg.name} has parameters that transformers has no place for: {', '.join(homeless)}"
+            f"{cfg.name} has parameters that transformers has no place for: {', '.join(without_tensor)}"
         )
     return found

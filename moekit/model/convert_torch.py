@@ -90,7 +90,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return STORAGES[name]
         if (module, name) not in ALLOWED:
             raise ValueError(
-                f"its pickle wants to call {module}.{name}, which is no part of a tensor; nothing "
+                f"its pickle wants to call {module}.{name}, which is not part of a tensor; nothing "
                 "was executed"
             )
         return ALLOWED[module, name]
@@ -98,7 +98,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> Storage:
         kind, dtype, key, _, size = reference
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise ValueError("its pickle refers to something that is no tensor")
+            raise ValueError("its pickle refers to something that is not a tensor")
         return Storage(str(key), dtype, int(size))
 
 
@@ -113,7 +113,7 @@ class TorchFile:
         self.path = path
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{path} is no zip archive, as torch.save writes since torch 1.6: it is truncated "
+                f"{path} is not a zip archive, which torch.save writes since torch 1.6: it is truncated "
                 "or of an older version; load it with torch and save it again, or use safetensors"
             )
         try:
@@ -136,7 +136,7 @@ class TorchFile:
             raise ValueError("it does not hold tensors by name")
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-                raise ValueError(f"its entry {name!r} is no tensor")
+                raise ValueError(f"its entry {name!r} is not a tensor")
             if not tensor.is_inside():
                 raise ValueError(f"its tensor {name} exceeds its storage")
         return dict(tensors)

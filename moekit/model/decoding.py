@@ -285,7 +285,7 @@ def generate(
         text = tokenizer.decode(ids)
         return until_stop(text, stops) != text
 
-    # of beams, the best answer is known at the end only
+    # with beams, the best answer is only known at the end
     watches = bool(stops) and generation.num_beams == 1
     generated = _generate_ids(model, inputs, settings, has_stopped if watches else None)
     answers = [until_stop(tokenizer.decode(ids), stops) for ids in generated]

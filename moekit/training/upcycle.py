@@ -66,7 +66,7 @@ def upcycle(
 
     Raises:
       ValueError: the model is not dense, `cfg` changes more than its FFNs (naming the fields), or
-        `workdir` is given and `source` is no run or `workdir` holds one already.
+        `workdir` is given and `source` is not a run or `workdir` holds one already.
       FileNotFoundError: there is no checkpoint in `source`.
       OSError: `workdir` cannot be written.
     """

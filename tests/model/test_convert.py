@@ -164,7 +164,7 @@ def test_damaged_safetensors_are_one_error(damaged):
     lying = content.replace(b"[384, 16]", b"[999, 16]", 1)
     for changed in (content[:-10], content[:100], lying, b"\xff" * 8 + content[8:], b""):
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
             mk.load(damaged)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has no weights"):
@@ -198,7 +198,7 @@ def test_a_pickle_with_code_is_refused_and_not_executed(damaged, tmp_path):
         mk.load(damaged)
     assert not (tmp_path / "ran").exists()
     (damaged / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match="is no zip archive"):
+    with pytest.raises(ValueError, match="is not a zip archive"):
         mk.load(damaged)
 
 
