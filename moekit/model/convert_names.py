@@ -159,6 +159,7 @@ def layouts(shapes: Mapping[Names, Shape], cfg: ModelConfig) -> dict[Names, Layo
     without_tensor = ["/".join(map(str, names)) for names, each in found.items() if each is None]
     if without_tensor:
         raise ValueError(
-            f"{cfg.name} has parameters that transformers has no place for: {', '.join(without_tensor)}"
+            f"{cfg.name} has parameters that transformers has no place for: "
+            f"{', '.join(without_tensor)}"
         )
     return found

@@ -113,8 +113,9 @@ class TorchFile:
         self.path = path
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{path} is not a zip archive, which torch.save writes since torch 1.6: it is truncated "
-                "or of an older version; load it with torch and save it again, or use safetensors"
+                f"{path} is not a zip archive, which torch.save writes since torch 1.6: it is "
+                "truncated or of an older version; load it with torch and save it again, or use "
+                "safetensors"
             )
         try:
             with zipfile.ZipFile(path) as archive:
