@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 import numpy as np
 from flax import nnx
@@ -163,7 +162,7 @@ def _read_array(
             tensor = files.read(part.names[place], tensor_index)
             if part.transposed:
                 tensor = tensor.T
-            shard[position] = tensor.reshape(shard.shape[part.num_leading :])
+            shard[position].reshape(tensor.shape)[...] = tensor
             progress.update(1 / num_shards)
         return shard
 
@@ -231,25 +230,56 @@ def _tensors_to_write(part: Layout, values: dict[str, Any]) -> list[tuple[tuple[
     return tensors
 
 
-@jax.jit
-def _piece(array: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
-    """array[place]; the indices are arguments, so that one program serves all of them."""
-    for index in place:
-        array = jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
-    return array
-
-
 def _tensor(array: jax.Array, place: tuple[int, ...], part: Layout) -> np.ndarray:
     """A tensor of transformers out of an array of ours, on every process."""
-    piece = _piece(array, tuple(jnp.int32(index) for index in place)) if place else array
-    if isinstance(piece.sharding, NamedSharding):
-        everywhere = NamedSharding(piece.sharding.mesh, PartitionSpec())
-        piece = jax.device_put(piece, everywhere)
-    numbers = np.asarray(piece.addressable_data(0))
+    if array.is_fully_addressable:
+        numbers = _from_shards(array, place, part.piece_shape)
+    else:
+        numbers = _from_processes(array, place)
     if not part.transposed:
         return numbers
     num_outputs, num_inputs = part.tensor_shape
     return numbers.reshape(num_inputs, num_outputs).T
+
+
+def _from_shards(array: jax.Array, place: tuple[int, ...], shape: Shape) -> np.ndarray:
+    """array[place], copied from the devices that hold it: no device gets more than it has."""
+    piece = np.empty(shape, array.dtype)
+    for shard in array.addressable_shards:
+        starts = [axis.start or 0 for axis in shard.index[: len(place)]]
+        local = tuple(index - start for index, start in zip(place, starts, strict=True))
+        sizes = shard.data.shape[: len(place)]
+        is_inside = all(0 <= index < size for index, size in zip(local, sizes, strict=True))
+        if is_inside and shard.replica_id == 0:
+            piece[shard.index[len(place) :]] = _to_host(shard.data, local)
+    return piece
+
+
+def _to_host(shard: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """shard[place]: on a CPU a view, elsewhere only that part is copied from the device."""
+    if next(iter(shard.devices())).platform == "cpu":
+        return np.asarray(shard)[place]
+    return np.asarray(_piece(shard, place))
+
+
+def _from_processes(array: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """array[place], which other processes have parts of, through the devices."""
+    piece = _piece(array, place)
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.device_put(piece, everywhere).addressable_data(0))
+
+
+def _piece(array: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    """array[place], on its devices."""
+    return _index(array, np.array(place, np.int32)) if place else array
+
+
+@jax.jit
+def _index(array: jax.Array, place: jax.Array) -> jax.Array:
+    """array[place]; the indices are arguments, so that one program serves all of them."""
+    for index in place:
+        array = jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+    return array
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -83,6 +83,7 @@ SWITCH_ONLY = {
 }
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gated_gelu"}
 SWITCH_ROUTERS = (TopK(k=1), TopK(k=1, priority="choice"))
+NEW_TOKENS = 20  # that transformers generates unless a length is set
 
 
 def config_from_transformers(
@@ -106,7 +107,7 @@ def config_from_transformers(
       ValueError: another model family, or a setting that we do not have.
     """
     family = values.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in tuple(ARCHITECTURES):
         raise ValueError(
             f"{source} holds a model of the type {family!r}: only "
             f"{' and '.join(ARCHITECTURES)} can be loaded"
@@ -115,6 +116,7 @@ def config_from_transformers(
     known = DEFAULTS[family] | {key: value for key, value in values.items() if value is not None}
     known.setdefault("num_decoder_layers", known["num_layers"])
     _check_only(known, ONLY | (SWITCH_ONLY if is_switch else {}), source)
+    _check_numbers(known, DEFAULTS[family], source)
     keys = FIELDS | (SWITCH_FIELDS if is_switch else {})
     fields = {field: known[key] for field, key in keys.items()}
     if is_switch:
@@ -149,9 +151,25 @@ def _check_only(values: Mapping[str, Any], only: Mapping[str, Any], source: Path
         raise ValueError(f"{source / 'config.json'}: moekit has no model whose {'; '.join(wrong)}")
 
 
+def _check_numbers(
+    values: Mapping[str, Any], defaults: Mapping[str, int | float], source: Path
+) -> None:
+    """Raise ValueError for values that are not numbers, or less than 0, or not whole where the
+    default is whole."""
+    wrong = []
+    for key in sorted(defaults.keys() | {"num_decoder_layers"}):
+        types = int | float if isinstance(defaults.get(key), float) else int
+        value = values[key]
+        if isinstance(value, bool) or not isinstance(value, types) or value < 0:
+            kind = "whole number" if types is int else "number"
+            wrong.append(f"{key} is {value!r} instead of a {kind}")
+    if wrong:
+        raise ValueError(f"{source / 'config.json'}: {'; '.join(wrong)}")
+
+
 def _activation(values: Mapping[str, Any], source: Path) -> str:
     projection = values.get("feed_forward_proj", "relu")
-    if projection not in ACTIVATIONS:
+    if projection not in tuple(ACTIVATIONS):
         raise ValueError(f"{source}: {unknown('feed_forward_proj', projection, ACTIVATIONS)}")
     return ACTIVATIONS[projection]
 
@@ -270,14 +288,16 @@ def _switch_problems(cfg: ModelConfig) -> list[str]:
 def generation_from_transformers(values: Mapping[str, Any]) -> GenerationSettings:
     """The settings of generation_config.json; repetition penalties and the like are ignored.
 
+    As in transformers, answers have at most 20 tokens where no length is set, and `max_length`
+    counts the decoder's start token.
+
     Raises:
       ValueError: a value is out of range.
     """
     known = {key: value for key, value in values.items() if value is not None}
     max_new_tokens = known.get("max_new_tokens")
     if max_new_tokens is None:
-        # counts the decoder's start token
-        max_new_tokens = known.get("max_length", GenerationSettings.max_new_tokens + 1) - 1
+        max_new_tokens = known.get("max_length", NEW_TOKENS + 1) - 1
     is_sampled = known.get("do_sample", False)
     return GenerationSettings(
         max_new_tokens=max(1, max_new_tokens),

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint folder of transformers: one file or shards, read piece by piece."""
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,8 +13,7 @@ from moekit.model.convert_torch import TorchFile
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in safetensors
-# a mapped page counts as memory of the process: map a file anew when that many bytes were read
-REMAP_BYTES = 2**26
+COMPARED_BYTES = 2**24  # of each of two tensors at once
 SHOWN = 8  # names in an error message
 
 
@@ -33,7 +33,8 @@ class TensorFile(Protocol):
         """Shape and type of every tensor."""
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor."""
+        """A part of a tensor. The file is mapped, and its pages count as memory of the process, for
+        as long as this view of it exists."""
 
 
 class SafetensorsFile:
@@ -44,35 +45,34 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self._num_read = 0
-        self._open()
-
-    def _open(self) -> None:
         from safetensors import SafetensorError, safe_open
 
+        self.path = path
         try:
-            self._file = safe_open(self.path, "numpy")
+            with safe_open(path, "numpy"):
+                pass  # the library checks types, shapes and positions
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path} is damaged or not a safetensors file ({error}): copy or download it "
-                "again"
+                f"{path} is damaged or not a safetensors file ({error}): copy or download it again"
             ) from None
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            self._header = json.loads(file.read(header_bytes))
+        self._header.pop("__metadata__", None)
+        self._first_byte = 8 + header_bytes
 
     def infos(self) -> dict[str, TensorInfo]:
-        found = {}
-        for name in self._file.keys():  # noqa: SIM118  not a dict
-            part = self._file.get_slice(name)
-            found[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
-        return found
+        return {
+            name: TensorInfo(tuple(entry["shape"]), entry["dtype"])
+            for name, entry in self._header.items()
+        }
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if self._num_read > REMAP_BYTES:
-            self._num_read = 0
-            self._open()
-        numbers = self._file.get_slice(name)[index]
-        self._num_read += numbers.nbytes
-        return numbers
+        entry = self._header[name]
+        dtype = np.dtype(DTYPES[entry["dtype"]]).newbyteorder("<")
+        first_byte = self._first_byte + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        return np.memmap(self.path, dtype, mode="r", offset=first_byte, shape=shape)[index]
 
 
 class TorchTensors(TorchFile):
@@ -146,7 +146,7 @@ class CheckpointFiles:
         if shape != self.infos[second].shape:
             return False
         row_numbers = max(1, int(np.prod(shape[1:])))
-        step = max(1, REMAP_BYTES // (4 * row_numbers))
+        step = max(1, COMPARED_BYTES // (4 * row_numbers))
         for start in range(0, shape[0], step):
             rows = (slice(start, min(start + step, shape[0])),)
             if not np.array_equal(self.read(first, rows), self.read(second, rows)):

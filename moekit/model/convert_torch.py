@@ -160,7 +160,7 @@ class TorchFile:
         return starts
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor; the file is mapped only while it is read."""
+        """A part of a tensor. The file is mapped for as long as this view of it exists."""
         tensor = self.tensors[name]
         storage = tensor.storage
         numbers = np.memmap(
@@ -174,4 +174,4 @@ class TorchFile:
         view = np.lib.stride_tricks.as_strided(
             numbers[tensor.offset :], tensor.shape, strides, writeable=False
         )
-        return np.array(view[index])
+        return view[index]
