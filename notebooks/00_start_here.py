@@ -17,7 +17,7 @@
 # moekit rebuilds FLAN-MoE (Shen et al. 2023): sparse encoder-decoder models that are pretrained by
 # span corruption and then instruction-tuned on many tasks. The notebooks are ordered: 01 the MoE
 # layer, 02 sharding, 03 pretraining, 04 the instruction mixture, 05 instruction tuning, 07 router
-# balance, 08 expert specialization, 11 scaling to pods.
+# balance, 08 expert specialization, 10 real checkpoints, 11 scaling to pods.
 
 # %%
 # Outside a clone (Colab, Kaggle) this installs moekit; the runtime's jax stays as it is.
