@@ -80,7 +80,8 @@ config = mk.TrainConfig(
     batch_tokens=BATCH_TOKENS,
     input_length=128 if SETTING == "small" else 512,
     target_length=32 if SETTING == "small" else 128,
-    learning_rate=4e-2 if SETTING == "small" else 1e-3,
+    learning_rate=5e-2 if SETTING == "small" else 1e-3,
+    schedule="rsqrt" if SETTING == "small" else "constant",
     warmup_steps=20,
 )
 shutil.rmtree(FOLDER, ignore_errors=True)  # of an earlier run: exports replace nothing
@@ -128,7 +129,7 @@ for name, model in {"dense T5": dense, "Switch, not tuned": mk.load(SWITCH)}.ite
 #
 # so that nothing changes at step 0 if the weights add up to 1 (`normalise=True`) and no token is
 # dropped. Raw probabilities, as in Switch, add up to about $k / E$ under a new router: the layer's
-# output shrinks, and training first has to repair that.
+# output shrinks, and the model is another one at step 0.
 
 # %%
 sparse = {"num_experts": 8, "dispatch": "dropless"}
@@ -152,7 +153,7 @@ tokenizer = mk.load_tokenizer(dense.cfg.tokenizer)
 batch = next(mk.batches(mixture, tokenizer, batch_size=config.batch_size, seed=1, **lengths))
 losses = {name: evaluate_loss(model, [batch])["valid_loss"] for name, model in models.items()}
 added = {name: losses[name] - losses["dense"] for name in routers}
-label = "loss above the dense model's (nats)"
+label = "loss less the dense model's (nats)"
 mk.show(mk.plot_bars({"a batch of the mixture": added}, label, "Upcycled, step 0"), "10-step-0")
 
 # %%
