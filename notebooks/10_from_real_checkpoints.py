@@ -93,7 +93,7 @@ if SETTING == "small":
     tokenizer = mk.train_sentencepiece(texts, FOLDER / "spiece.model", 1024)
     words = {"tokenizer": str(tokenizer.path), "vocab_size": tokenizer.vocab_size}
     started = mk.EncoderDecoder(mk.preset("t5-nano").replace(**words), seed=0, mesh=mk.make_mesh())
-    mk.train(started, mixture, config)
+    mk.train(started, mixture, config.replace(steps=150))
     mk.export(DENSE, started)
     as_published = {"activation": "relu", "tied_logits": True, "dispatch": "dropless"}
     switch = mk.preset("switch-nano").replace(**as_published, **words)
