@@ -153,7 +153,7 @@ tokenizer = mk.load_tokenizer(dense.cfg.tokenizer)
 batch = next(mk.batches(mixture, tokenizer, batch_size=config.batch_size, seed=1, **lengths))
 losses = {name: evaluate_loss(model, [batch])["valid_loss"] for name, model in models.items()}
 added = {name: losses[name] - losses["dense"] for name in routers}
-label = "loss less the dense model's (nats)"
+label = "loss above the dense model's (nats)"
 mk.show(mk.plot_bars({"a batch of the mixture": added}, label, "Upcycled, step 0"), "10-step-0")
 
 # %%
