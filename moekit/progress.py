@@ -53,6 +53,15 @@ class ProgressBar(tqdm):
         self.untimed_steps += steps
         self.set_description(description)
 
+    def reset_to(self, step: int) -> None:
+        """Show an earlier step; its estimate starts anew."""
+        self.reset()
+        self.initial = step
+        self.n = step
+        self.untimed_seconds = 0.0
+        self.untimed_steps = 0
+        self.refresh()
+
     @property
     def format_dict(self) -> dict[str, Any]:
         """What tqdm formats. A rate of 0 shows as unknown."""

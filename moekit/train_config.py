@@ -20,6 +20,8 @@ ALL_BUT_ROUTER = "all_but_router"
 FREEZABLE = ("router", "experts", "moe", ALL_BUT_ROUTER)
 OPTIMIZERS = ("adafactor", "adamw")
 REMATS = ("none", "dots", "full")
+ON_NONFINITE = ("stop", "skip", "rollback")
+ON_FAULT = ("report", "stop", "rollback")
 SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
 MAX_SEED = 2**32 - 1
 
@@ -55,6 +57,13 @@ class TrainConfig:
       save_every: Steps between checkpoints; 0 saves only at the end.
       keep: Number of checkpoints to keep.
       data_workers: Processes of a host that read ahead; 0 uses a thread.
+      on_nonfinite: What happens when the loss or the gradient norm of a step is NaN or infinite:
+        stop, skip (its update is left out) or rollback (to the newest checkpoint, then with the
+        data in another order).
+      on_spike: What happens when the loss is far above the last steps': report, stop or rollback.
+      on_collapse: What happens when a router sends nearly all tokens to one expert, or most tokens
+        are dropped: report, stop or rollback.
+      stall_seconds: Seconds without a batch after which a run is saved and stopped.
 
     Raises:
       ValueError: a value out of range, naming the field.
@@ -80,6 +89,10 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     data_workers: int = 0
+    on_nonfinite: str = "stop"
+    on_spike: str = "report"
+    on_collapse: str = "report"
+    stall_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"
@@ -105,6 +118,10 @@ class TrainConfig:
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)
         check_choice(self, "remat", REMATS)
+        check_choice(self, "on_nonfinite", ON_NONFINITE)
+        check_choice(self, "on_spike", ON_FAULT)
+        check_choice(self, "on_collapse", ON_FAULT)
+        check_positive(self, owner, "stall_seconds")
         for part in self.freeze:
             if part not in FREEZABLE:
                 raise unknown("part to freeze", part, FREEZABLE)

@@ -8,11 +8,12 @@ source, and every process reads the shards of its own rows.
 
 import json
 import math
+import queue
 import signal
+import threading
+import time
 import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ from moekit.data.tokenizer import Tokenizer
 
 MAX_SHARDS = 64  # of a batch, and so the largest number of processes that can share it
 _BUFFERED = 2  # batches read ahead
+_SECONDS_BETWEEN_CALLS = 0.5  # of on_wait
+_SECONDS_TO_CLOSE = 5.0  # that a read in progress is waited for
+OnWait = Callable[[float], None]
 
 
 def batches(
@@ -106,7 +110,12 @@ class BatchLayout:
 
 
 class Stream:
-    """An iterator over this process's rows of the batches, which resumes exactly; see `batches`."""
+    """An iterator over this process's rows of the batches, which resumes exactly; see `batches`.
+
+    While it waits for data, it calls `on_wait` about every second with the seconds waited.
+    """
+
+    on_wait: OnWait
 
     def __init__(
         self,
@@ -119,6 +128,7 @@ class Stream:
         self._labels = labels
         self._own_shards = own_shards
         self._workers = workers
+        self.on_wait = _keep_waiting
         self._states: dict[str, str] = {}
         self._readers: list = []
         self._statistics = self._no_statistics()
@@ -130,7 +140,7 @@ class Stream:
     def __next__(self) -> Batch:
         if not self._readers:
             self._readers += self._open_readers()
-        parts = [next(reader, None) for reader in self._readers]
+        parts = [reader.next(self.on_wait) for reader in self._readers]
         if not any(parts):
             raise StopIteration
         tables = []
@@ -159,7 +169,8 @@ class Stream:
         """Iterators that read ahead: a thread, or processes that each read some of the shards."""
         states = dict(self._states)
         if not self._workers:
-            return [_ReadAhead(_RowsIterator(self._layout, self._own_shards, states))]
+            rows = _RowsIterator(self._layout, self._own_shards, states)
+            return [_ReadAhead(rows)]
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers read absl's flags
         size = len(self._own_shards) // self._workers
@@ -168,7 +179,8 @@ class Stream:
         for worker in range(self._workers):
             shards = self._own_shards[worker * size : (worker + 1) * size]
             rows = _Rows(self._layout, shards, states)
-            readers.append(iter(rows.mp_prefetch(options, worker_init_fn=_ignore_interrupts)))
+            elements = iter(rows.mp_prefetch(options, worker_init_fn=_ignore_interrupts))
+            readers.append(_ReadAhead(elements))
         return readers
 
     def get_state(self) -> dict[str, str]:
@@ -202,9 +214,16 @@ def _close(readers: list) -> None:
     readers.clear()
 
 
+def _keep_waiting(seconds: float) -> None:
+    """Wait for data however long it takes."""
+
+
 def _ignore_interrupts(worker: int, num_workers: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; only the main process decides whether to stop."""
+    """Ctrl-C and the end of a terminal reach all its processes; only the main process decides
+    whether to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class _Part(NamedTuple):
@@ -216,26 +235,54 @@ class _Part(NamedTuple):
 
 
 class _ReadAhead:
-    """Reads a few elements ahead in a thread; errors are raised by `next`."""
+    """Reads a few elements ahead in a thread; errors are raised by `next`.
+
+    The thread is a daemon: a read that never returns does not keep the process alive.
+    """
 
     def __init__(self, elements: Iterator[_Part]) -> None:
         self._elements = elements
-        self._executor = ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future] = deque()
+        self._results: queue.SimpleQueue[_Part | Exception | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(_BUFFERED)
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
-    def __iter__(self) -> "_ReadAhead":
-        return self
+    def _read(self) -> None:
+        while True:
+            self._free.acquire()
+            if self._closed:
+                return
+            try:
+                result = next(self._elements, None)
+            except Exception as error:
+                result = error
+            self._results.put(result)
+            if not isinstance(result, _Part):
+                return
 
-    def __next__(self) -> _Part:
-        while len(self._pending) <= _BUFFERED:
-            self._pending.append(self._executor.submit(next, self._elements, None))
-        element = self._pending.popleft().result()
-        if element is None:
-            raise StopIteration
-        return element
+    def next(self, on_wait: OnWait) -> _Part | None:
+        """The next element; None after the last one. `on_wait` is called about every second."""
+        start = time.monotonic()
+        while True:
+            try:
+                result = self._results.get(timeout=_SECONDS_BETWEEN_CALLS)
+            except queue.Empty:
+                on_wait(time.monotonic() - start)
+                continue
+            self._free.release()
+            if not isinstance(result, _Part):
+                self._results.put(result)  # also what a further call returns
+            if isinstance(result, Exception):
+                raise result
+            return result
 
     def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        self._closed = True
+        self._free.release()
+        self._thread.join(timeout=_SECONDS_TO_CLOSE)
+        if hasattr(self._elements, "close"):
+            self._elements.close()
 
 
 class _Rows(grain.IterDataset):

@@ -1,81 +1,245 @@
-"""Guards of a training run: settings that fit, losses that are finite, signals that stop it."""
+"""What every step is checked for: NaN and infinity, loss spikes, routers that collapsed.
 
-import itertools
+A step computes its `health` on the device. The host reads it while the next step is computed, so
+that a fault is found one step late and no step waits for it.
+"""
+
+import json
 import math
-import signal
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from moekit.config import TrainConfig
-from moekit.data.tokenizer import Tokenizer
-from moekit.distributed import allgather_objects
-from moekit.model.transformer import EncoderDecoder
-from moekit.sharding import batch_shards
-from moekit.train_config import ALL_BUT_ROUTER
+from moekit.config import ModelConfig
+from moekit.moe.stats import LayerStats
 
-_SYNC_POINTS = itertools.count(1)  # of this process, over all its runs
+SPIKE_WINDOW = 100  # steps that a loss is compared with
+MIN_SPIKE_WINDOW = 20
+SPIKE_DEVIATIONS = 12.0  # above the window's median, in median absolute deviations
+MIN_SPIKE = 0.1  # of the median
+MAX_CONCENTRATION = 0.9
+MAX_DROPPED = 0.5
+MAX_SKIPPED = 10  # steps in a row
+MAX_ROLLBACKS = 3  # of one call of train
+STACKS = ("encoder", "decoder")
 
-
-class NonFiniteLoss(ValueError):
-    """The loss or the parameters became NaN or infinite."""
-
-
-def check_settings(model: EncoderDecoder, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for training settings that do not fit the model or its mesh."""
-    cfg = model.cfg
-    if config.input_length > cfg.max_length:
-        raise ValueError(
-            f"input_length {config.input_length} exceeds {cfg.name}'s max_length {cfg.max_length}: "
-            "shorten it or use cfg.replace(max_length=...)"
-        )
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.name} only {cfg.vocab_size}: use "
-            f"cfg.replace(vocab_size={tokenizer.vocab_size})"
-        )
-    if config.freeze and not cfg.num_experts:
-        if ALL_BUT_ROUTER in config.freeze:
-            raise ValueError(f"{cfg.name} is dense: there is no router to train")
-        raise ValueError(f"{cfg.name} is dense: there is no {' or '.join(config.freeze)} to freeze")
-    check_batch(config, batch_shards(model.mesh))
-    num_devices = jax.device_count()
-    if jax.process_count() > 1 and (model.mesh is None or model.mesh.size != num_devices):
-        raise ValueError(
-            f"{jax.process_count()} processes train together: build the model on a mesh of all "
-            f"{num_devices} devices (make_mesh)"
-        )
+NOT_FINITE = "not finite"
+SPIKE = "loss spike"
+COLLAPSE = "router collapse"
 
 
-def check_batch(config: TrainConfig, num_shards: int) -> None:
-    """Raise ValueError, with a size that fits, if a batch's rows cannot be sharded."""
-    if config.batch_size % num_shards == 0:
-        return
-    multiple = math.lcm(8, num_shards)  # a batch rounds its rows down to a multiple of 8
-    rows = math.ceil(config.batch_size / multiple) * multiple
-    tokens = rows * (config.input_length + config.target_length)
-    raise ValueError(
-        f"a batch of {config.batch_size} rows cannot be split over {num_shards} devices: use "
-        f"batch_tokens={tokens}"
-    )
+class TrainingFault(ValueError):
+    """A guard stopped the run."""
 
 
-def check_processes_agree(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a process was started with other settings than process 0."""
-    first, *others = allgather_objects(settings)
-    for number, other in enumerate(others, 1):
-        names = [name for name in first if first[name] != other[name]]
-        if names:
-            raise ValueError(
-                f"process {number} has another {' and '.join(names)} than process 0: give all the "
-                "same code, data and options"
-            )
+class NonFiniteLoss(TrainingFault):
+    """The loss, a gradient or the parameters became NaN or infinite."""
+
+
+class BatchId(NamedTuple):
+    """What determines a batch, with the data and the configuration.
+
+    Args:
+      number: of the batch in its order, from 1.
+      seed: of the run.
+      order: of the data: 0, or the number of returns to an earlier checkpoint so far.
+      position: state of the data stream after the batch, by shard.
+    """
+
+    number: int
+    seed: int
+    order: int
+    position: Mapping[str, str]
+
+    def __str__(self) -> str:
+        order = f", data order {self.order}" if self.order else ""
+        ends = [json.loads(state)[0] for state in self.position.values() if state]
+        examples = f", examples up to {max(ends)}" if ends else ""
+        return f"batch {self.number} of seed {self.seed}{order}{examples}"
+
+
+class Fault(NamedTuple):
+    """Something that a guard found.
+
+    Args:
+      kind: "not finite", "loss spike" or "router collapse".
+      step: number of the step, from 1.
+      what: the finding, with the layer where it is known.
+      batch: the one that the step trained on.
+    """
+
+    kind: str
+    step: int
+    what: str
+    batch: BatchId
+
+    def __str__(self) -> str:
+        return f"{self.what} at step {self.step} ({self.batch})"
+
+    def error(self, advice: str) -> TrainingFault:
+        kind = NonFiniteLoss if self.kind == NOT_FINITE else TrainingFault
+        return kind(f"{self}: {advice}")
+
+
+def health(
+    loss: Float[Array, ""], grad_norm: Float[Array, ""], stats: Mapping[str, LayerStats]
+) -> Float[Array, "numbers"]:
+    """What `Guard` reads of a step: one array, which is one transfer to the host.
+
+    Loss, gradient norm, then the `concentration` of all MoE layers and their shares of dropped
+    tokens, the encoder's first. A layer whose router's logits are not finite has NaN for both.
+    """
+    concentrations = []
+    shares_dropped = []
+    for stack_name in STACKS:
+        if stack_name not in stats:
+            continue
+        of_stack = stats[stack_name]
+        is_finite = jnp.isfinite(of_stack.z_sum)
+        dropped = of_stack.dropped_tokens / jnp.maximum(of_stack.tokens, 1)
+        concentrations.append(jnp.where(is_finite, concentration(of_stack), jnp.nan))
+        shares_dropped.append(jnp.where(is_finite, dropped, jnp.nan))
+    return jnp.concatenate([jnp.stack([loss, grad_norm]), *concentrations, *shares_dropped])
+
+
+def concentration(stats: LayerStats) -> Float[Array, "layers"]:
+    """How concentrated a layer's load is on its busiest expert.
+
+    0: all experts have the same load; 1: every token chose the busiest one.
+    """
+    tokens = jnp.maximum(stats.tokens, 1)
+    busiest = stats.load.max(-1) / tokens
+    mean = stats.load.mean(-1) / tokens
+    possible = 1 - mean
+    return jnp.where(possible > 1e-3, (busiest - mean) / jnp.maximum(possible, 1e-3), 0.0)
+
+
+def moe_layer_names(cfg: ModelConfig) -> list[str]:
+    """The MoE layers in the order of `health`, numbered in each stack from 0."""
+    names = []
+    for stack in STACKS:
+        for index in range(cfg.moe_layers(stack)):
+            names.append(f"{stack} MoE layer {index}")
+    return names
+
+
+class _Reading(NamedTuple):
+    """The health of a step, still on the device, and the batch that the step trained on."""
+
+    step: int
+    batch: BatchId
+    values: Array
+
+
+class Guard:
+    """Reads the health of every step and finds faults.
+
+    A fault that lasts is found once: again only after a step without it.
+
+    Args:
+      cfg: of the model, for the names of its layers.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self._layers = moe_layer_names(cfg)
+        self._readings: deque[_Reading] = deque()
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._present: set[str] = set()  # kinds of faults of the step before
+        self.num_skipped = 0  # steps in a row that were not finite
+
+    def add(self, step: int, batch: BatchId, values: Float[Array, "numbers"]) -> None:
+        """Begin to read the health of a step; does not wait for the device."""
+        values.copy_to_host_async()
+        self._readings.append(_Reading(step, batch, values))
+
+    def find(self, num_unread: int = 0) -> list[Fault]:
+        """The faults of all steps but the newest `num_unread`, for which it waits."""
+        faults = []
+        while len(self._readings) > num_unread:
+            reading = self._readings.popleft()
+            values = np.asarray(reading.values)
+            found = self._check(values)
+            for kind, what in found.items():
+                # every step that is not finite counts; of the others the first one
+                if kind == NOT_FINITE or kind not in self._present:
+                    faults.append(Fault(kind, reading.step, what, reading.batch))
+            self._present = set(found)
+        return faults
+
+    def forget(self) -> None:
+        """Start anew, after a return to an earlier step."""
+        self._readings.clear()
+        self._losses.clear()
+        self._present.clear()
+        self.num_skipped = 0
+
+    def _check(self, values: Float[np.ndarray, "numbers"]) -> dict[str, str]:
+        """The faults of one step: what was found, by kind."""
+        loss, grad_norm, *of_layers = values.tolist()
+        num_layers = len(of_layers) // 2
+        concentrations = of_layers[:num_layers]
+        shares_dropped = of_layers[num_layers:]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.num_skipped += 1
+            return {NOT_FINITE: self._describe_nonfinite(loss, grad_norm, concentrations)}
+        self.num_skipped = 0
+        found = {}
+        spike = describe_spike(loss, self._losses)
+        if spike:
+            found[SPIKE] = spike
+        self._losses.append(loss)
+        collapse = self._describe_collapse(concentrations, shares_dropped)
+        if collapse:
+            found[COLLAPSE] = collapse
+        return found
+
+    def _describe_nonfinite(
+        self, loss: float, grad_norm: float, concentrations: Sequence[float]
+    ) -> str:
+        what = f"loss is {loss}"
+        if math.isfinite(loss):
+            what = f"gradient norm is {grad_norm} (loss {loss:.4g})"
+        for name, value in zip(self._layers, concentrations, strict=True):
+            if math.isnan(value):
+                return f"{what}, router logits are not finite from {name} on,"
+        return what
+
+    def _describe_collapse(
+        self, concentrations: Sequence[float], shares_dropped: Sequence[float]
+    ) -> str:
+        found = []
+        for name, concentrated, dropped in zip(
+            self._layers, concentrations, shares_dropped, strict=True
+        ):
+            if concentrated > MAX_CONCENTRATION:
+                found.append(
+                    f"{name} sends nearly all tokens to one expert ({dropped:.0%} dropped)"
+                )
+            elif dropped > MAX_DROPPED:
+                found.append(f"{name} drops {dropped:.0%} of its tokens")
+        return "; ".join(found)
+
+
+def describe_spike(loss: float, former_losses: Sequence[float]) -> str:
+    """Text about a loss that is far above the former ones; empty if it is not.
+
+    Far is 12 median absolute deviations and a tenth above the median of at least 20 losses.
+    """
+    if len(former_losses) < MIN_SPIKE_WINDOW:
+        return ""
+    losses = np.array(former_losses)
+    median = float(np.median(losses))
+    deviation = float(np.median(np.abs(losses - median)))
+    limit = median + max(SPIKE_DEVIATIONS * deviation, MIN_SPIKE * abs(median))
+    if loss <= limit:
+        return ""
+    return f"loss spike: {loss:.4g} after a median of {median:.4g} in {len(losses)} steps,"
 
 
 @jax.jit
@@ -89,7 +253,7 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def describe_kept(folder: Path | None, steps: Sequence[int]) -> str:
-    """What is left of a run that diverged, and how to continue from it."""
+    """What is left of a run that was stopped by a fault, and how to continue from it."""
     if folder is None:
         return "nothing was saved, for there is no workdir"
     if not steps:
@@ -102,45 +266,3 @@ def describe_kept(folder: Path | None, steps: Sequence[int]) -> str:
         f"the checkpoint of step {newest} is kept and the same workdir resumes from it with the "
         f"new settings; should it diverge again, {how_to_go_back}"
     )
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step.
-
-    On several hosts, where jax listens for SIGTERM, one to any of them stops all of them after the
-    same step.
-    """
-
-    def __init__(self) -> None:
-        self._received = False
-        self._former_handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if jax.process_count() > 1:
-            return self
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former_handlers[number] = signal.signal(number, self._receive)
-        except ValueError:
-            pass  # only the main thread may set handlers
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._former_handlers.items():
-            signal.signal(number, handler)
-
-    def should_stop(self) -> bool:
-        """Whether to stop now; every process must call it after every step."""
-        if jax.process_count() > 1:
-            # numbered since the process started: a notice may arrive before the first step
-            return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
-        return self._received
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        signal.signal(number, self._former_handlers[number])  # a second signal acts at once

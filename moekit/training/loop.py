@@ -1,7 +1,5 @@
 """The training loop: steps, log, validation, checkpoints."""
 
-import functools
-import itertools
 import logging
 import math
 import time
@@ -15,25 +13,39 @@ import numpy as np
 from flax import nnx
 
 from moekit.config import TrainConfig
-from moekit.data.batch import Batch, stack_rows
-from moekit.data.loader import batches
+from moekit.data.batch import Batch
 from moekit.data.own_mixture import as_source
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
-from moekit.distributed import allgather_objects, is_first, make_global_batch, process_shard
+from moekit.distributed import allgather_objects, is_first
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
-from moekit.training.checkpoint import Checkpoints, describe_differences, to_json
+from moekit.training.checkpoint import Checkpoints, to_json
 from moekit.training.guards import (
-    NonFiniteLoss,
-    StopSignal,
+    COLLAPSE,
+    MAX_ROLLBACKS,
+    MAX_SKIPPED,
+    NOT_FINITE,
+    SPIKE,
+    BatchId,
+    Fault,
+    Guard,
+    TrainingFault,
     all_finite,
-    check_processes_agree,
-    check_settings,
     describe_kept,
 )
 from moekit.training.metrics import Metrics
 from moekit.training.optim import schedule
+from moekit.training.run_data import RunData, StalledInput
+from moekit.training.run_settings import (
+    FORMAT,
+    check_processes_agree,
+    check_recovery,
+    check_same_run,
+    check_settings,
+    program_settings,
+)
+from moekit.training.signals import Stopped, StopSignal
 from moekit.training.state import (
     TrainState,
     checkpoint_items,
@@ -41,12 +53,9 @@ from moekit.training.state import (
     split_model,
     state_from_items,
 )
-from moekit.training.step import compiled_step, token_losses
+from moekit.training.step import compiled_step
+from moekit.training.validation import evaluate_loss
 
-VALIDATION_BATCHES = 16
-FORMAT = 2  # of a run's checkpoints; 1 had other optimizer states
-LEARNING_RATE_SETTINGS = ("learning_rate", "schedule", "warmup_steps", "clip_norm")
-LOOP_SETTINGS = ("steps", "log_every", "eval_every", "save_every", "keep", "remat", "data_workers")
 Callback = Callable[[int, EncoderDecoder], dict[str, float]]
 OnLog = Callable[[dict[str, Any]], Any]
 logger = logging.getLogger(__name__)
@@ -67,43 +76,6 @@ class Run:
     config: TrainConfig
     workdir: Path | None
     data: DataStatistics
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_losses(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, Any]]:
-    def losses(state: nnx.State, batch: Batch) -> dict[str, Any]:
-        output = nnx.merge(graphdef, state)(batch)
-        return token_losses(output.logits, batch.targets, batch.loss_weights)
-
-    return jax.jit(losses)
-
-
-def evaluate_loss(model: EncoderDecoder, stream: Sequence[Batch]) -> dict[str, float]:
-    """Cross-entropy (nats a target token) and next-token accuracy: ratios of sums.
-
-    On several hosts the stream holds this process's shard of each batch.
-    """
-    graphdef, state = nnx.split(model)
-    losses = _compiled_losses(graphdef)
-    totals = {"cross_entropy": 0.0, "hits": 0.0, "count": 0.0}
-    for batch in stream:
-        sums = losses(state, make_global_batch(batch, model.mesh))
-        # one batch at a time: concurrent collectives compete for the threads of a small machine
-        sums = jax.device_get(sums)
-        for name in totals:
-            totals[name] += float(sums[name])
-    return {
-        "valid_loss": totals["cross_entropy"] / totals["count"],
-        "valid_accuracy": totals["hits"] / totals["count"],
-    }
-
-
-def program_settings(config: TrainConfig) -> TrainConfig:
-    """The configuration without what does not change the compiled step: runs share programs."""
-    config = config.replace(seed=0, log_every=1, eval_every=0, save_every=0, keep=1, data_workers=0)
-    if config.schedule in ("constant", "rsqrt"):
-        config = config.replace(steps=1)  # these do not depend on the length of a run
-    return config
 
 
 class Trainer:
@@ -128,102 +100,150 @@ class Trainer:
         self.workdir = workdir
         self.callbacks = callbacks
         self.on_log = on_log if is_first() else ()
-        self.shard = process_shard(model.mesh)
-        self.stream = self.read_split(source, "train", seed=config.seed, repeat=True)
-        self.validation = self.read_validation(eval_source)
+        self.stop = StopSignal()
+        self.reader = RunData(source, eval_source, config, tokenizer, model.mesh, self.check_wait)
         self.step = compiled_step(model, program_settings(config))
         self.learning_rate = schedule(config)
         self.state: TrainState | None = None
         self.num_done = 0  # the state's step, on the host
         self.next_batch: Batch | None = None
         self.pending: list[dict[str, Any]] = []  # reports of the steps since the last log row
-        self.unlogged = self.stream.take_statistics()
+        self.guard = Guard(model.cfg)
+        self.num_rollbacks = 0
+        self.unlogged = self.reader.stream.take_statistics()
         self.data = self.unlogged
         logs = workdir is not None and is_first()
         self.metrics = Metrics(workdir / "metrics.jsonl" if logs else None)
         self.checkpoints: Checkpoints | None = None
 
-    # Data
-
-    def read_split(self, source: Any, split: str, *, seed: int, repeat: bool) -> Any:
-        return batches(
-            source,
-            self.tokenizer,
-            input_length=self.config.input_length,
-            target_length=self.config.target_length,
-            batch_size=self.config.batch_size,
-            seed=seed,
-            split=split,
-            repeat=repeat,
-            shard=self.shard,
-            workers=self.config.data_workers if repeat else 0,
-        )
-
-    def read_validation(self, eval_source: Any) -> list[Batch]:
-        """The first batches of a source's "valid" split; none without a source."""
-        if eval_source is None:
-            return []
-        try:
-            stream = self.read_split(eval_source, "valid", seed=0, repeat=False)
-            found = list(itertools.islice(stream, VALIDATION_BATCHES))
-        except (TypeError, ValueError, LookupError) as error:
-            raise ValueError(f"eval_source has no usable valid split: {error}") from error
-        stream.close()
-        # processes may run out of rows at different times: fill up with empty batches
-        num_batches = max(allgather_objects(len(found)))
-        if num_batches == 0:
-            raise ValueError(
-                "eval_source has no examples in its valid split: pass a source that has some, or "
-                "no eval_source"
-            )
-        num_rows = self.config.batch_size // self.shard[1]
-        blank = stack_rows([[]] * num_rows, (self.config.input_length, self.config.target_length))
-        return found + [blank] * (num_batches - len(found))
-
-    def read_batch(self) -> Batch:
-        return make_global_batch(next(self.stream), self.model.mesh)
-
     # Steps
 
     def advance(self) -> None:
-        """Do one step; does not wait for the device."""
-        batch = self.read_batch() if self.next_batch is None else self.next_batch
+        """Do one step; does not wait for the device.
+
+        Raises:
+          StalledInput: no batch arrived in time. The state is that of the last step that was done.
+          Stopped: a signal arrived while a batch was waited for; likewise.
+        """
+        batch = self.reader.read_batch() if self.next_batch is None else self.next_batch
+        self.next_batch = None
         state, report = self.step.update(replace(self.state, position={}), batch)
-        self.state = replace(state, position=self.stream.get_state())
+        position = self.reader.stream.get_state()
+        self.state = replace(state, position=position)
         self.num_done += 1
+        batch_id = BatchId(self.num_done, self.config.seed, self.reader.order, position)
+        self.guard.add(self.num_done, batch_id, report.pop("health"))
         self.pending.append(report)
-        self.unlogged += self.stream.take_statistics()
-        # the next batch is read while the device computes
-        self.next_batch = self.read_batch() if self.num_done < self.config.steps else None
+        self.unlogged += self.reader.stream.take_statistics()
         if self.model.mesh is not None and jax.default_backend() == "cpu":
             # concurrent collectives compete for the threads of a small machine
             jax.block_until_ready(report)
+        # the next batch is read while the device computes
+        if self.num_done < self.config.steps:
+            self.next_batch = self.reader.read_batch()
+
+    def check_wait(self, seconds: float) -> None:
+        """Called while a batch is waited for.
+
+        Of several processes a single one cannot stop because of a signal.
+        """
+        if self.stop.number and jax.process_count() == 1:
+            raise Stopped("", self.stop.number)
+        if seconds > self.config.stall_seconds:
+            raise StalledInput(
+                f"no batch arrived in {self.config.stall_seconds:g} s after step {self.num_done}: "
+                "look whether the disk or the network of the training data answers, or raise "
+                "stall_seconds"
+            )
 
     def current_rate(self) -> float:
         return float(self.learning_rate(max(0, self.num_done - 1)))
 
-    def check_finite(self) -> None:
-        """Raise NonFiniteLoss if the loss of a step since the last log row is not finite."""
-        self.pending = jax.device_get(self.pending)  # waits for the device
-        first_step = self.num_done - len(self.pending) + 1
-        for step, report in enumerate(self.pending, first_step):
-            if not math.isfinite(report["loss"]):
-                raise self.diverged(f"loss is {report['loss']} at step {step}")
+    # Faults
 
-    def diverged(self, what: str) -> NonFiniteLoss:
+    def check_steps(self, num_unread: int, *, with_parameters: bool) -> bool:
+        """Act on the faults of all steps but the newest `num_unread`, and of the parameters.
+
+        Returns:
+          whether the run returned to an earlier step.
+
+        Raises:
+          TrainingFault: the run has to stop; NonFiniteLoss because of NaN or infinity.
+        """
+        policies = {
+            NOT_FINITE: self.config.on_nonfinite,
+            SPIKE: self.config.on_spike,
+            COLLAPSE: self.config.on_collapse,
+        }
+        for fault in self.guard.find(num_unread):
+            policy = policies[fault.kind]
+            if policy == "stop":
+                raise self.stopped_by(fault)
+            if policy == "rollback":
+                self.roll_back(fault)
+                return True
+            if policy == "skip" and self.guard.num_skipped >= MAX_SKIPPED:
+                raise self.stopped_by(fault, f"{MAX_SKIPPED} updates in a row were skipped; ")
+            consequence = "its update is skipped" if policy == "skip" else "training continues"
+            self.record_fault(fault.step, f"{fault}: {consequence}")
+        checks_parameters = with_parameters and self.config.on_nonfinite == "rollback"
+        if checks_parameters and not all_finite(self.state.params):
+            self.roll_back(self.parameter_fault())
+            return True
+        return False
+
+    def record_fault(self, step: int, what: str) -> None:
+        """Warn of a fault and log it."""
+        if is_first():
+            logger.warning("%s", what)
+        self.metrics.add({"step": step, "fault": what})
+
+    def stopped_by(self, fault: Fault, reason: str = "") -> TrainingFault:
         steps = [] if self.checkpoints is None else self.checkpoints.steps()
         folder = None if self.checkpoints is None else self.checkpoints.folder
-        return NonFiniteLoss(
-            f"{what} (learning rate {self.current_rate():.3g}): lower learning_rate, set "
+        return fault.error(
+            f"{reason}the learning rate is {self.current_rate():.3g}; lower learning_rate, set "
             f"clip_norm=1.0 or raise warmup_steps; {describe_kept(folder, steps)}"
         )
 
+    def roll_back(self, fault: Fault) -> None:
+        """Return to the newest checkpoint and continue with the data in another order."""
+        newest = None if self.checkpoints is None else self.checkpoints.latest()
+        if newest is None:
+            raise self.stopped_by(fault, "there is no checkpoint to return to; ")
+        if self.num_rollbacks == MAX_ROLLBACKS:
+            raise self.stopped_by(fault, f"this is the fault after {MAX_ROLLBACKS} rollbacks; ")
+        self.num_rollbacks += 1
+        order = self.reader.order + 1
+        self.restore(newest)
+        self.reader.change_order(order)
+        self.state = replace(self.state, position=self.reader.stream.get_state())
+        self.next_batch = None
+        self.pending = []
+        self.guard.forget()
+        self.record_fault(
+            newest,
+            f"{fault}: rolled back to step {newest}, training continues with data order {order}",
+        )
+
+    def parameter_fault(self) -> Fault:
+        order = self.reader.order
+        batch = BatchId(self.num_done, self.config.seed, order, self.state.position)
+        what = "the parameters are not finite after the update"
+        return Fault(NOT_FINITE, self.num_done, what, batch)
+
+    # Log and validation
+
     def log(self, seconds: float) -> dict[str, Any]:
-        """Add a row of means over the steps since the last one, which took that many seconds."""
-        self.check_finite()
+        """Add a row of means over the steps since the last one, which took that many seconds.
+
+        Steps whose update was skipped are left out of the means.
+        """
+        reports = jax.device_get(self.pending)  # waits for the device
+        trained = [report for report in reports if is_finite(report)]
         row: dict[str, Any] = {}
-        for key in self.pending[0]:
-            row[key] = float(np.mean([report[key] for report in self.pending]))
+        for key in reports[0]:
+            row[key] = float(np.mean([report[key] for report in trained or reports]))
         step_tokens = self.config.batch_size * (
             self.config.input_length + self.config.target_length
         )
@@ -240,14 +260,14 @@ class Trainer:
         """What all hosts read since the last call: totals, and tokens of each cluster."""
         by_process = allgather_objects([self.unlogged.rows, self.unlogged.table.tolist()])
         # processes that differ along the model axis only read the same rows
-        copies = jax.process_count() // self.shard[1]
+        copies = jax.process_count() // self.reader.shard[1]
         counts = replace(
             self.unlogged,
             rows=sum(rows for rows, _ in by_process) // copies,
             table=np.sum([table for _, table in by_process], axis=0) // copies,
         )
         self.data += counts
-        self.unlogged = self.stream.take_statistics()
+        self.unlogged = self.reader.stream.take_statistics()
         cluster_tokens = {
             name: of_cluster["input_tokens"] + of_cluster["target_tokens"]
             for name, of_cluster in counts.to_dict()["clusters"].items()
@@ -258,8 +278,8 @@ class Trainer:
         """Evaluate the validation batches and the callbacks; log what they return."""
         self.update_model(copy_arrays)
         row: dict[str, Any] = {}
-        if self.validation:
-            row |= evaluate_loss(self.model, self.validation)
+        if self.reader.validation:
+            row |= evaluate_loss(self.model, self.reader.validation)
         for callback in self.callbacks:
             row |= callback(self.num_done, self.model)
         if row:
@@ -321,7 +341,7 @@ class Trainer:
             # copies, which the steps may donate: the caller keeps the model's arrays
             params, rest = copy_arrays((params, rest))
             state = self.step.start(params, rest, self.config.seed)
-            self.state = replace(state, position=self.stream.get_state())
+            self.state = replace(state, position=self.reader.stream.get_state())
             return
         if not resume:
             raise ValueError(
@@ -350,8 +370,9 @@ class Trainer:
         metadata = self.checkpoints.metadata(step)
         check_same_run(self.workdir, metadata, self.settings())
         items = self.checkpoints.restore(step, checkpoint_items(self.step.state))
-        self.stream.set_state(metadata["stream"])
-        self.state = state_from_items(self.step.state, items, self.stream.get_state())
+        self.reader.set_state(metadata.get("data_order", 0), metadata["stream"])
+        position = self.reader.stream.get_state()
+        self.state = state_from_items(self.step.state, items, position)
         self.num_done = step
         if self.metrics.path is not None and self.metrics.path.exists():
             self.metrics = Metrics.load(self.metrics.path)
@@ -359,62 +380,31 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, if there is a workdir and the state is finite."""
-        if self.checkpoints is None or self.checkpoints.latest() == self.num_done:
+        if self.checkpoints is None or self.num_done == 0:
             return
-        self.check_finite()
+        if self.checkpoints.latest() == self.num_done:
+            return
         if not all_finite(self.state.params):
-            raise self.diverged(f"the parameters are not finite after step {self.num_done}")
+            raise self.stopped_by(self.parameter_fault())
         position: dict[str, str] = {}
         for of_process in allgather_objects(self.state.position):
             position |= of_process
-        metadata = self.settings() | {"stream": position}
+        metadata = self.settings() | {"stream": position, "data_order": self.reader.order}
         self.checkpoints.save(self.num_done, metadata, checkpoint_items(self.state))
+
+    def describe_saved(self) -> str:
+        """What a run that ends early leaves."""
+        if self.checkpoints is None:
+            return "no workdir, nothing saved"
+        newest = self.checkpoints.latest()
+        return "nothing saved yet" if newest is None else f"saved at step {newest}"
 
     def close(self) -> None:
         """Hand the trained parameters to the caller's model and close files."""
         self.update_model(lambda arrays: arrays)
-        self.stream.close()
+        self.reader.stream.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
-
-
-def check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint belongs to a run with other settings."""
-    if saved.get("format", 1) != FORMAT:
-        raise ValueError(
-            f"{workdir} holds a run of an earlier moekit, whose optimizer state has another layout "
-            "(attention kernels and experts were factored otherwise): finish it with that version, "
-            "or load its model with mk.load and train it in a new workdir"
-        )
-    # the tokenizer's path may differ; its digest is compared
-    saved_model = saved["model"] | {"tokenizer": wanted["model"]["tokenizer"]}
-    differences = {
-        "model": describe_differences(saved_model, wanted["model"]),
-        "train": describe_differences(fixed_settings(saved), fixed_settings(wanted)),
-        "source": describe_differences({"digest": saved["source"]}, {"digest": wanted["source"]}),
-        "tokenizer": describe_differences(
-            {"digest": saved["tokenizer"]}, {"digest": wanted["tokenizer"]}
-        ),
-    }
-    for name, difference in differences.items():
-        if difference:
-            raise ValueError(
-                f"{workdir} holds a run of another {name} configuration ({difference}): choose "
-                "another workdir or the same configuration"
-            )
-    changed = describe_differences(rate_settings(saved), rate_settings(wanted))
-    if changed:
-        logger.warning("%s is resumed with other settings (%s)", workdir, changed)
-
-
-def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The training settings that a resumed run may not change."""
-    may_change = LOOP_SETTINGS + LEARNING_RATE_SETTINGS
-    return {name: value for name, value in settings["train"].items() if name not in may_change}
-
-
-def rate_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings["train"][name] for name in LEARNING_RATE_SETTINGS}
 
 
 def train(
@@ -466,12 +456,13 @@ def train(
         callbacks=callbacks,
         on_log=[on_log] if callable(on_log) else on_log,
     )
+    check_recovery(config, trainer.workdir)
     if jax.process_count() > 1:
         check_processes_agree(trainer.settings())
     trainer.start(resume)
-    with StopSignal() as stop, progress_bar(trainer) as bar:
+    with trainer.stop, progress_bar(trainer) as bar:
         try:
-            run_steps(trainer, stop, bar)
+            run_steps(trainer, bar)
         finally:
             trainer.close()
             trainer.close_on_log()
@@ -495,37 +486,64 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def run_steps(trainer: Trainer, stop: StopSignal, bar: ProgressBar) -> None:
+def is_finite(report: dict[str, Any]) -> bool:
+    """Whether the update of a step was finite."""
+    return math.isfinite(report["loss"]) and math.isfinite(report["grad_norm"])
+
+
+def run_steps(trainer: Trainer, bar: ProgressBar) -> None:
     """Do the remaining steps; log, save and validate when it is due, in this order."""
     config = trainer.config
     start = time.perf_counter()
     while trainer.num_done < config.steps:
-        with bar.compiling(trainer.step.update) as compiles:
-            trainer.advance()
-            if compiles:
-                jax.block_until_ready(trainer.pending)
-        bar.update()
+        former = trainer.num_done
+        stall = None
+        try:
+            do_step(trainer, bar)
+        except Stopped:
+            pass  # while a batch was waited for: should_stop is true
+        except StalledInput as error:
+            if jax.process_count() > 1:
+                raise  # the others cannot save with this one
+            stall = error
         step = trainer.num_done
         is_last = step == config.steps
-        stopping = stop.should_stop()
+        stopping = trainer.stop.should_stop() or stall is not None
+        logs = stopping or is_due(step, config.log_every, is_last)
+        saves = stopping or is_due(step, config.save_every, is_last)
+        validates = step > former and is_due(step, config.eval_every, is_last)
+        # the newest step is still being computed: it is read where it would be waited for anyway
+        waits = logs or saves or validates
+        if trainer.check_steps(0 if waits else 1, with_parameters=saves):
+            bar.reset_to(trainer.num_done)
+            start = time.perf_counter()
+            continue
         row = None
-        if stopping or is_due(step, config.log_every, is_last):
+        if logs and trainer.pending:
             row = trainer.log(time.perf_counter() - start)
             rate = row["tokens_per_second"]
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s")
             start = time.perf_counter()
         pause = time.perf_counter()
-        if stopping or is_due(step, config.save_every, is_last):
+        if saves:
             trainer.save()
         # after saving: a callback may raise
         if row is not None:
             trainer.report(row)
-        if is_due(step, config.eval_every, is_last):
+        if validates:
             with bar.compiling(trainer, "validation", steps=0):
                 trainer.validate()
         start += time.perf_counter() - pause  # tokens_per_second is that of the steps alone
+        if stall is not None:
+            raise StalledInput(f"{stall}; {trainer.describe_saved()}")
         if stopping:
-            saved = trainer.checkpoints is not None
-            raise KeyboardInterrupt(
-                f"saved at step {step}" if saved else "no workdir, nothing saved"
-            )
+            raise Stopped(trainer.describe_saved(), trainer.stop.number)
+
+
+def do_step(trainer: Trainer, bar: ProgressBar) -> None:
+    """One step, which the bar counts; compilation is waited for, to leave it out of the times."""
+    with bar.compiling(trainer.step.update) as compiles:
+        trainer.advance()
+        if compiles:
+            jax.block_until_ready(trainer.pending)
+    bar.update()

@@ -20,6 +20,7 @@ from moekit.data.batch import Batch
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.stats import LayerStats, update_router_bias
 from moekit.sharding import BATCH_SPEC, platform
+from moekit.training.guards import health
 from moekit.training.optim import make_optimizer, state_specs
 from moekit.training.state import (
     TrainState,
@@ -29,7 +30,7 @@ from moekit.training.state import (
     with_shardings,
 )
 
-Report = dict[str, Array]  # numbers of one step that are logged
+Report = dict[str, Array]  # numbers of one step that are logged, and its "health" (guards)
 Init = Callable[[nnx.State, Array], tuple[Array, Any, Array]]
 Update = Callable[[TrainState, Batch], tuple[TrainState, Report]]
 
@@ -291,6 +292,7 @@ def make_update(
         if stats:
             rest = update_router_bias(rest, stats)
         report["grad_norm"] = optax.tree.norm(gradients)
+        report["health"] = health(report["loss"], report["grad_norm"], stats)
         next_state = replace(
             state,
             step=state.step + 1,
@@ -298,9 +300,22 @@ def make_update(
             rest=rest,
             optimizer=optimizer_state,
         )
+        if config.on_nonfinite == "skip":
+            next_state = keep_if_not_finite(report, state, next_state)
         return next_state, report
 
     return update
+
+
+def keep_if_not_finite(report: Report, state: TrainState, next_state: TrainState) -> TrainState:
+    """The next state; if loss or gradient norm are not finite, all but its step is the former's."""
+    is_finite = jnp.isfinite(report["loss"]) & jnp.isfinite(report["grad_norm"])
+
+    def choose(former: Array, updated: Array) -> Array:
+        return jnp.where(is_finite, updated, former)
+
+    chosen = jax.tree.map(choose, state, next_state)
+    return replace(chosen, step=next_state.step)
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:

@@ -15,8 +15,8 @@ from moekit.model.transformer import EncoderDecoder
 from moekit.model.upcycle import Names, check_upcycle, origin, upcycle_array, upcycle_model
 from moekit.sharding import is_variable
 from moekit.training.checkpoint import Checkpoints, load, to_json
-from moekit.training.loop import FORMAT, program_settings
 from moekit.training.optim import path_names
+from moekit.training.run_settings import FORMAT, program_settings
 from moekit.training.state import (
     TrainState,
     abstract_model,

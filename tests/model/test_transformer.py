@@ -19,8 +19,8 @@ from moekit.model import stack
 from moekit.model.incremental import decode_token, start_cache
 from moekit.model.relative_bias import relative_bucket
 from moekit.model.transformer import EncoderDecoder, shift_right, with_config
-from moekit.training.loop import evaluate_loss, token_losses
-from moekit.training.step import auxiliary_losses
+from moekit.training.step import auxiliary_losses, token_losses
+from moekit.training.validation import evaluate_loss
 
 FLAVOURS = ("t5", "switch", "gshard", "ec", "st")
 SPARSE = FLAVOURS[1:]

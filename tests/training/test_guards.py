@@ -11,14 +11,9 @@ import pytest
 import moekit as mk
 from moekit.config import TrainConfig
 from moekit.sharding import MESH_AXES
-from moekit.training.guards import (
-    StopSignal,
-    all_finite,
-    check_batch,
-    check_settings,
-    describe_kept,
-)
-from moekit.training.loop import FORMAT, check_same_run
+from moekit.training.guards import all_finite, describe_kept
+from moekit.training.run_settings import FORMAT, check_batch, check_same_run, check_settings
+from moekit.training.signals import StopSignal
 
 CONFIG = TrainConfig(batch_tokens=4 * 80, input_length=64, target_length=16)
 

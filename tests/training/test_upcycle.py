@@ -15,8 +15,8 @@ from moekit.data.text import Corpus, Document
 from moekit.model.upcycle import DENSE_NAMES
 from moekit.sharding import is_variable
 from moekit.training.checkpoint import Checkpoints
-from moekit.training.loop import FORMAT
 from moekit.training.optim import path_names
+from moekit.training.run_settings import FORMAT
 from moekit.training.state import TrainState, checkpoint_items, split_model, state_from_items
 from moekit.training.step import compiled_step
 
