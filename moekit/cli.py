@@ -106,14 +106,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line and turn errors into one line on stderr.
 
     Returns:
-      0; 1 where a check found faults; 2 for a mistake of the user's; 130 when interrupted.
+      0; 1 where a check found faults; 2 for a mistake of the user's; 130, 143 or 129 when
+      Ctrl-C, SIGTERM or SIGHUP interrupted it.
     """
     use_cpu_without_accelerator()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as interrupt:
         print(f"stopped: {interrupt}" if str(interrupt) else "stopped", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 130)  # a run's: 128 + the signal
     except BrokenPipeError:
         sys.stderr.close()
         return 1

@@ -439,7 +439,10 @@ def train(
 
     Raises:
       ValueError: lengths, vocabulary, batch, eval_source or workdir do not fit.
-      NonFiniteLoss: the loss diverged; a ValueError.
+      TrainingFault: a guard stopped the run (on_nonfinite, on_spike, on_collapse); a ValueError.
+        NonFiniteLoss: because of NaN or infinity.
+      StalledInput: no batch arrived in stall_seconds; an OSError.
+      Stopped: a signal stopped the run, which was saved; a KeyboardInterrupt.
       OSError: workdir cannot be written.
     """
     if workdir == "":
