@@ -26,6 +26,7 @@ VERBS = {
     "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",
     "trace": "Trace the routing of a checkpoint: balance, load, specialization.",
+    "runs": "List the runs in a folder, or compare some: moekit runs --help.",
     "plan": "Compile a training step for a TPU slice: memory, time, collectives, verdict.",
     "data": "List, describe, fetch and check data: moekit data --help.",
     "bench": "Time a layer, a step, the input pipeline: moekit bench --help.",
@@ -95,6 +96,8 @@ def run(argv: list[str]) -> int:
     wants_help = flags[:1] in (["-h"], ["--help"])
     if verb == "bench" and not wants_help and (not flags or flags[0].startswith("-")):
         flags = ["layer", *flags]
+    if verb == "runs" and not wants_help and (not flags or flags[0] not in function):
+        flags = ["list", *flags]
     if flags and not wants_help and flags[0] not in function:
         raise unknown(f"verb of {verb}", flags[0], function)
     return tyro.extras.subcommand_cli_from_dict(

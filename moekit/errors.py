@@ -13,9 +13,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {shown}")
 
 
-def not_finite(model: str) -> ValueError:
-    """A ValueError for a model whose outputs are NaN or infinite."""
+def not_finite(model: str, parameter: str = "") -> ValueError:
+    """A ValueError for a model with NaN or infinity in a parameter, or else in its outputs."""
+    what = ", or too large to compute with"
+    if parameter:
+        what = f"; the first such parameter is {parameter}"
     return ValueError(
-        f"the parameters of {model} are not finite (NaN or infinity), or too large to compute "
-        "with: load an earlier checkpoint, or train again with a lower learning_rate"
+        f"the parameters of {model} are not finite (NaN or infinity){what}: load an earlier "
+        "checkpoint, or train again with a lower learning_rate"
     )

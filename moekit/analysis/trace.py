@@ -27,6 +27,7 @@ from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite, unknown
 from moekit.model.batching import length_groups, pad_rows
+from moekit.model.finite import require_finite
 from moekit.model.transformer import EncoderDecoder
 from moekit.moe.stats import TokenRouting
 from moekit.progress import ProgressBar
@@ -265,6 +266,7 @@ def _trace_pairs(
     batch_size: int,
 ) -> dict[str, StackTrace]:
     """The routing of pairs of token ids ("inputs", "targets") in each stack with MoE layers."""
+    require_finite(model)
     graphdef, state = nnx.split(model)
     route = _compiled_routing(graphdef)
     has_target = np.array([len(pair["targets"]) > 1 for pair in pairs])  # more than EOS

@@ -99,7 +99,7 @@ def train(
         model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
     run = mk.train(model, data, config, workdir=workdir)
     if distributed.is_first():
-        last = run.metrics.rows[-1]
+        last = [row for row in run.metrics.rows if "loss" in row][-1]
         text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {workdir}"
         print_result({"workdir": str(workdir), **last}, text, json)
     return 0

@@ -23,6 +23,7 @@ from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.distributed import to_host
 from moekit.errors import not_finite
 from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.model.finite import require_finite
 from moekit.model.incremental import decode_states, start_cache
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
@@ -99,6 +100,7 @@ def likelihoods(
     Raises:
       ValueError: the model's parameters are not finite.
     """
+    require_finite(model)
     graphdef, state = nnx.split(model)
     score = _compiled_scores(graphdef)
     results: list[list[Likelihood]] = [[] for _ in inputs]

@@ -22,6 +22,7 @@ from moekit.errors import not_finite
 from moekit.generation_config import GenerationSettings
 from moekit.model import beam_search, sampling
 from moekit.model.batching import encode_inputs, input_rows, length_groups
+from moekit.model.finite import require_finite
 from moekit.model.incremental import Programs
 from moekit.model.text_stream import stop_texts, text_pieces, until_stop
 from moekit.model.transformer import EncoderDecoder
@@ -349,6 +350,7 @@ def _stream(
     stops: Sequence[str],
 ) -> Iterator[str]:
     """The pieces of the answer to the only input."""
+    require_finite(model)
     (group,) = _groups(model, inputs, settings)
     decoded = _decode_group(model, inputs, group, settings, CHUNK)
     texts = (tokenizer.decode(tokens[0]) for tokens in decoded)
@@ -388,6 +390,7 @@ def _generate_ids(
     has_stopped: Callable[[Int[np.ndarray, "T"]], bool] | None = None,
 ) -> list[Int[np.ndarray, "T"]]:
     """Generated ids of each input; a batch also ends when all of its answers have stopped."""
+    require_finite(model)
     chunk = CHUNK if has_stopped else settings.generation.max_new_tokens
     groups = _groups(model, inputs, settings)
     generated = [np.zeros(0, np.int32)] * len(inputs)

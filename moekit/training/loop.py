@@ -34,9 +34,11 @@ from moekit.training.guards import (
     all_finite,
     describe_kept,
 )
-from moekit.training.metrics import Metrics
+from moekit.training.metrics import LOG, Metrics
 from moekit.training.optim import schedule
 from moekit.training.run_data import RunData, StalledInput
+from moekit.training.run_folder import record_start
+from moekit.training.run_lock import RunLock, write_alone
 from moekit.training.run_settings import (
     FORMAT,
     check_processes_agree,
@@ -102,6 +104,7 @@ class Trainer:
         self.on_log = on_log if is_first() else ()
         self.stop = StopSignal()
         self.reader = RunData(source, eval_source, config, tokenizer, model.mesh, self.check_wait)
+        self.lock: RunLock | None = None  # of the workdir, on process 0
         self.step = compiled_step(model, program_settings(config))
         self.learning_rate = schedule(config)
         self.state: TrainState | None = None
@@ -113,7 +116,7 @@ class Trainer:
         self.unlogged = self.reader.stream.take_statistics()
         self.data = self.unlogged
         logs = workdir is not None and is_first()
-        self.metrics = Metrics(workdir / "metrics.jsonl" if logs else None)
+        self.metrics = Metrics(workdir / LOG if logs else None)
         self.checkpoints: Checkpoints | None = None
 
     # Steps
@@ -384,6 +387,8 @@ class Trainer:
             return
         if self.checkpoints.latest() == self.num_done:
             return
+        if self.lock is not None:
+            self.lock.require()
         if not all_finite(self.state.params):
             raise self.stopped_by(self.parameter_fault())
         position: dict[str, str] = {}
@@ -424,9 +429,10 @@ def train(
     Args:
       source: a `Mixture`, a `Corpus`, a `Task`, or what `mk.task` reads: a path, a list of dicts, a
         DataFrame, a data set. A text file or a folder of them is read as by `mk.corpus`.
-      workdir: folder of metrics.jsonl and checkpoints. A second call with the same arguments
-        resumes from the newest checkpoint and equals a run that was never interrupted. Learning
-        rate, schedule, warm-up and clip_norm may differ: the run then continues with the new ones.
+      workdir: folder of the log, checkpoints, configuration and environment. A second call with
+        the same arguments resumes from the newest checkpoint and equals a run that was never
+        interrupted. Learning rate, schedule, warm-up and clip_norm may differ: the run then
+        continues with the new ones. Only one process at a time trains in a folder.
       tokenizer: default the one that the model's configuration names.
       eval_source: likewise; its "valid" split gives valid_loss every eval_every steps and at the
         end.
@@ -462,13 +468,16 @@ def train(
     check_recovery(config, trainer.workdir)
     if jax.process_count() > 1:
         check_processes_agree(trainer.settings())
-    trainer.start(resume)
-    with trainer.stop, progress_bar(trainer) as bar:
-        try:
-            run_steps(trainer, bar)
-        finally:
-            trainer.close()
-            trainer.close_on_log()
+    with write_alone(trainer.workdir) as trainer.lock:
+        trainer.start(resume)
+        if trainer.metrics.path is not None:
+            record_start(trainer.workdir, trainer.settings())
+        with trainer.stop, progress_bar(trainer) as bar:
+            try:
+                run_steps(trainer, bar)
+            finally:
+                trainer.close()
+                trainer.close_on_log()
     return Run(model, trainer.metrics, config, trainer.workdir, trainer.data)
 
 

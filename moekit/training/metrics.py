@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LOG = "metrics.jsonl"
+LOSSES = ("loss", "valid_loss")
 # what a panel of the figure shows: its label with units, and keys of rows
 PANELS = {
     "cross-entropy (nats a token)": ("loss", "valid_loss"),
@@ -48,15 +51,7 @@ class Metrics:
     @classmethod
     def load(cls, path: str | Path) -> "Metrics":
         """The rows of a file. Lines that are no rows (cut short by a crash) are left out."""
-        rows = []
-        broken = []
-        text = Path(path).read_text(errors="replace")
-        for number, line in enumerate(text.splitlines(), 1):
-            row = _parse_row(line)
-            if row is None:
-                broken.append(number)
-            else:
-                rows.append(row)
+        rows, broken = read_rows(Path(path))
         if broken:
             numbers = ", ".join(map(str, broken))
             logger.warning("%s: line %s is broken and left out", path, numbers)
@@ -66,8 +61,11 @@ class Metrics:
         """Append a row, which has at least a step."""
         self.rows.append(row)
         if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with self.path.open("ab") as file:
+                line = json.dumps(row) + "\n"
+                if _ends_within_a_line(self.path):
+                    line = "\n" + line
+                file.write(line.encode())
 
     def keep_until(self, step: int) -> None:
         """Remove the rows after a step, as if the run had stopped there."""
@@ -142,12 +140,38 @@ class Metrics:
         axis.legend(frameon=False, fontsize=8)
 
 
-def _parse_row(line: str) -> dict[str, Any] | None:
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a log, and the numbers of its lines that are none, from 1."""
+    rows = []
+    broken = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            row = _parse_row(line)
+            if row is None:
+                broken.append(number)
+            else:
+                rows.append(row)
+    return rows, broken
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     """A row, or None for a line that is not one."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also bytes that are no text
         return None
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
-        return row
-    return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    for key in LOSSES:
+        if not isinstance(row.get(key, 0.0), int | float):
+            return None
+    return row
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether a file's last line was cut short, as by a crash."""
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

@@ -145,11 +145,16 @@ def test_streams_are_checked_before_they_start(model):
         mk.generate(model, "\ud800", stream=True)
 
 
-def test_a_model_of_nan_parameters_is_refused(model):
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_one_number_that_is_not_finite_is_named_also_where_it_is_not_used(model, value):
     broken = mk.with_config(model, model.cfg)
-    broken.embedding_vd[...] = jnp.full_like(broken.embedding_vd[...], jnp.nan)
-    with pytest.raises(ValueError, match="parameters of t5-nano are not finite"):
+    embedding = broken.embedding_vd[...]
+    broken.embedding_vd[...] = embedding.at[-1, 0].set(value)
+    message = r"parameters of t5-nano are not finite.*first such parameter is embedding_vd:"
+    with pytest.raises(ValueError, match=message):
         mk.generate(broken, "text", max_new_tokens=8)
+    with pytest.raises(ValueError, match=message):
+        next(mk.generate(broken, "text", max_new_tokens=8, stream=True))
 
 
 def test_a_beam_of_one_and_top_k_of_one_are_greedy(model):
