@@ -17,6 +17,7 @@ import numpy as np
 
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
+SENTINEL = re.compile(r"(<extra_id_[1-9]?[0-9]>)")
 
 
 class Tokenizer:
@@ -38,7 +39,18 @@ class Tokenizer:
         return self.pieces + NUM_SENTINELS - 1 - index
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without end of sequence."""
+        """Ids of a text, without end of sequence; `<extra_id_i>` becomes a sentinel."""
+        ids: list[int] = []
+        for part in SENTINEL.split(text):
+            if SENTINEL.fullmatch(part):
+                index = int(part.removeprefix("<extra_id_").removesuffix(">"))
+                ids.append(self.sentinel(index))
+            else:
+                ids += self._encode_pieces(part)
+        return ids
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """Ids of a text without sentinels."""
         raise NotImplementedError
 
     def _decode_pieces(self, ids: list[int]) -> str:
@@ -73,7 +85,7 @@ class ByteTokenizer(Tokenizer):
 
     pieces = 259
 
-    def encode(self, text: str) -> list[int]:
+    def _encode_pieces(self, text: str) -> list[int]:
         return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
 
     def _decode_pieces(self, ids: list[int]) -> str:
@@ -124,8 +136,18 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple:
         return SentencePieceTokenizer, (self.path,)
 
-    def encode(self, text: str) -> list[int]:
-        if self._newline == UNK:
+    @property
+    def has_byte_pieces(self) -> bool:
+        """Whether characters without a piece are encoded as bytes."""
+        return self._newline != UNK
+
+    def scores(self) -> list[tuple[str, float]]:
+        """All pieces with their scores, by id."""
+        processor = self._processor
+        return [(processor.IdToPiece(id), processor.GetScore(id)) for id in range(self.pieces)]
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        if not self.has_byte_pieces:
             return self._processor.EncodeAsIds(text)
         first, *rest = text.split("\n")
         ids = self._encode_line(first).copy()

@@ -28,7 +28,12 @@ from moekit.model.convert_config import (
 )
 from moekit.model.convert_files import CheckpointFiles, read_json, shorten
 from moekit.model.convert_names import COPIES, UNUSED, Layout, Names, Shape, layouts
-from moekit.model.convert_tokenizer import check_tokenizer, copy_tokenizer, tokenizer_of
+from moekit.model.convert_tokenizer import (
+    check_tokenizer,
+    copy_tokenizer,
+    tokenizer_of,
+    write_byte_pieces,
+)
 from moekit.model.convert_write import SafetensorsWriter, new_folder
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
@@ -189,7 +194,8 @@ def export(path: str | Path, model: EncoderDecoder) -> None:
     Raises:
       FileExistsError: the folder exists.
       FileNotFoundError: the model's tokenizer is missing.
-      ValueError: transformers cannot express the model; the message lists the fields.
+      ValueError: transformers cannot express the model or its tokenizer; the message lists the
+        fields.
       OSError: the disk is full or not writable.
     """
     path = Path(path)
@@ -198,6 +204,7 @@ def export(path: str | Path, model: EncoderDecoder) -> None:
     variables = dict(nnx.to_flat_state(nnx.state(model)))
     parts = layouts({names: variable.shape for names, variable in variables.items()}, cfg)
     check_tokenizer(cfg.tokenizer)
+    write_byte_pieces(cfg.tokenizer, None)
     shapes: dict[str, Shape] = {}
     for part in parts.values():
         for _, name in _tensors_to_write(part, values):
@@ -215,6 +222,7 @@ def export(path: str | Path, model: EncoderDecoder) -> None:
         if writer is not None:
             writer.close()
             copy_tokenizer(cfg.tokenizer, folder)
+            write_byte_pieces(cfg.tokenizer, folder)
             _write_json(folder / "config.json", values)
             _write_json(folder / GENERATION, generation_to_transformers(cfg.generation))
 

@@ -3,13 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moekit.data.tokenizer import NUM_SENTINELS
+from moekit.data.tokenizer import NUM_SENTINELS, SentencePieceTokenizer, load_tokenizer
 from moekit.model.convert_files import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 SENTENCEPIECE = "spiece.model"
 TOKENIZERS = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+# <extra_id_0> has the highest id
+SENTINELS = [f"<extra_id_{index}>" for index in reversed(range(NUM_SENTINELS))]
+# spaces, lines and characters that tokenizers treat differently
+EXAMPLE = "  Two  spaces\n\n \tﬁne ① Å \u00a0 東京 🙂\n<extra_id_0> end<extra_id_12>.\n"
 COMPANIONS = (SENTENCEPIECE, TOKENIZERS, SETTINGS, "special_tokens_map.json", "added_tokens.json")
 
 
@@ -58,13 +67,66 @@ def copy_tokenizer(tokenizer: str | None, folder: Path) -> str | None:
     return str(folder / path.name)
 
 
+def write_byte_pieces(tokenizer: str | None, folder: Path | None) -> None:
+    """Write a SentencePiece model with byte pieces as transformers reads it, which ignores these
+    pieces in a spiece.model.
+
+    Args:
+      folder: None only checks.
+
+    Raises:
+      ValueError: transformers would encode texts differently.
+    """
+    if tokenizer in (None, "byte"):
+        return
+    ours = load_tokenizer(tokenizer)
+    if not isinstance(ours, SentencePieceTokenizer) or not ours.has_byte_pieces:
+        return
+    theirs = _with_byte_pieces(ours)
+    if theirs.encode(EXAMPLE, add_special_tokens=False).ids != ours.encode(EXAMPLE):
+        raise ValueError(
+            f"{tokenizer} cannot be exported: transformers would give texts other ids, as it has "
+            "no such SentencePiece model (with byte pieces, but another algorithm or "
+            "normalization than those of mk.train_sentencepiece); export the model without its "
+            "tokenizer: mk.with_config(model, tokenizer=None)"
+        )
+    if folder is not None:
+        theirs.save(str(folder / TOKENIZERS))
+        _write_settings(folder, "PreTrainedTokenizerFast")
+
+
+def _with_byte_pieces(ours: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
+    """A model of `train_sentencepiece`: every line begins with a space of its own."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers.processors import TemplateProcessing
+
+    theirs = Tokenizer(models.Unigram(ours.scores(), unk_id=ours.unk_id, byte_fallback=True))
+    start_of_line = Regex(r"(?<![^\n])(?=[^\n])")
+    theirs.normalizer = normalizers.Sequence(
+        [normalizers.Replace(" ", "▁"), normalizers.Replace(start_of_line, "▁")]
+    )
+    added_space = Regex(r"\A |(?<=\n|<extra_id_\d>|<extra_id_\d\d>) ")
+    theirs.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Replace(added_space, ""),
+        ]
+    )
+    theirs.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ours.eos_id)]
+    )
+    names = SPECIAL + SENTINELS
+    theirs.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    return theirs
+
+
 def _write_settings(folder: Path, tokenizer_class: str) -> None:
-    # <extra_id_0> has the highest id
-    sentinels = [f"<extra_id_{index}>" for index in reversed(range(NUM_SENTINELS))]
     settings = {
         "tokenizer_class": tokenizer_class,
         "extra_ids": NUM_SENTINELS,
-        "additional_special_tokens": sentinels,
+        "additional_special_tokens": SENTINELS,
         "pad_token": "<pad>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
