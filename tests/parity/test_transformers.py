@@ -11,6 +11,8 @@ from flax import nnx
 import moekit as mk
 from moekit.bench.baselines import peers
 from moekit.data.batch import Batch
+from moekit.model.convert import _tensor
+from moekit.model.convert_names import layouts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -82,6 +84,40 @@ def peer_output(peer, batch, **settings):
     )
 
 
+def record_routing(peer):
+    """The expert of each token by stack, one array a sparse layer; -1 if it was dropped."""
+    found = {"encoder": [], "decoder": []}
+    for stack, experts in found.items():
+        for module in getattr(peer, stack).modules():
+            if type(module).__name__.endswith("Top1Router"):
+                module.register_forward_hook(
+                    lambda module, inputs, outputs, experts=experts: experts.append(
+                        np.where(outputs[0].sum(-1) > 0, outputs[0].argmax(-1), -1)
+                    )
+                )
+    return found
+
+
+def assert_gradients_equal(gradients, cfg, peer):
+    """Those of all parameters, by the table of names."""
+    arrays = {names: each[...] for names, each in nnx.to_flat_state(gradients)}
+    expected = {}
+    for name, parameter in peer.named_parameters():
+        gradient = parameter.grad  # None of an expert without tokens
+        expected[name] = np.zeros(parameter.shape) if gradient is None else gradient.numpy()
+    shapes = {names: array.shape for names, array in arrays.items()}
+    compared = set()
+    for names, part in layouts(shapes, cfg).items():
+        for place, name in part.names.items():
+            gradient = _tensor(arrays[names], place, part)
+            scale = np.abs(expected[name]).max()
+            np.testing.assert_allclose(
+                gradient, expected[name], atol=1e-4 * scale + 1e-9, rtol=0, err_msg=name
+            )
+            compared.add(name)
+    assert compared == expected.keys()
+
+
 @jax.jit
 def mean_loss(logits, batch):
     log_probs = jax.nn.log_softmax(logits)
@@ -96,6 +132,7 @@ def test_logits_loss_gradients_and_drops_are_equal(name, left, tmp_path):
     peer.save_pretrained(tmp_path / "theirs")
     model = mk.load(tmp_path / "theirs")
     batch = padded_batch(40, 24, left=left)
+    experts = record_routing(peer)
     theirs = peer_output(peer, batch)
     theirs.loss.backward()
     graphdef, state = nnx.split(model)
@@ -115,9 +152,13 @@ def test_logits_loss_gradients_and_drops_are_equal(name, left, tmp_path):
         output.logits[real], expected, atol=1e-5 * np.abs(expected).max(), rtol=0
     )
     assert float(loss) == pytest.approx(theirs.loss.item(), rel=1e-5)
-    expected = peer.shared.weight.grad.numpy()
-    gradient = gradients.embedding_vd[...]
-    np.testing.assert_allclose(gradient, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    assert_gradients_equal(gradients, model.cfg, peer)
+    masks = {"encoder": batch.input_segments > 0, "decoder": real}
+    for stack, routing in output.routing.items():
+        ours = np.where(routing.kept, routing.expert, -1)[..., 0]
+        assert len(ours) == len(experts[stack])
+        for layer, expected in zip(ours, experts[stack], strict=True):
+            np.testing.assert_array_equal(layer[masks[stack]], expected[masks[stack]])
     dropped = sum(float(stats.dropped_tokens.sum()) for stats in output.stats.values())
     assert (dropped > 0) == (name in ("switch drops", "switch many"))
 
