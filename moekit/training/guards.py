@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float
 from moekit.config import ModelConfig
 from moekit.moe.stats import LayerStats
 
-SPIKE_WINDOW = 100  # steps that a loss is compared with
-MIN_SPIKE_WINDOW = 20
-SPIKE_DEVIATIONS = 12.0  # above the window's median, in median absolute deviations
-MIN_SPIKE = 0.1  # of the median
+SPIKE_WINDOW = 100  # steps whose noise a loss is compared with
+LEVEL_WINDOW = 20  # steps whose level it is compared with; fewer are no level
+SPIKE_CHANGES = 10.0  # above the level, in median changes from step to step
+MIN_SPIKE = 0.2  # above the level, as a share of it
 MAX_CONCENTRATION = 0.9
 MAX_DROPPED = 0.5
 MAX_SKIPPED = 10  # steps in a row
@@ -229,17 +229,18 @@ class Guard:
 def describe_spike(loss: float, former_losses: Sequence[float]) -> str:
     """Text about a loss that is far above the former ones; empty if it is not.
 
-    Far is 12 median absolute deviations and a tenth above the median of at least 20 losses.
+    Far is a fifth above the median of the last 20 losses and 10 times the median change from one
+    step to the next, which is 9.5 standard deviations of normal noise.
     """
-    if len(former_losses) < MIN_SPIKE_WINDOW:
+    if len(former_losses) < LEVEL_WINDOW:
         return ""
     losses = np.array(former_losses)
-    median = float(np.median(losses))
-    deviation = float(np.median(np.abs(losses - median)))
-    limit = median + max(SPIKE_DEVIATIONS * deviation, MIN_SPIKE * abs(median))
+    level = float(np.median(losses[-LEVEL_WINDOW:]))
+    change = float(np.median(np.abs(np.diff(losses))))
+    limit = level + max(SPIKE_CHANGES * change, MIN_SPIKE * abs(level))
     if loss <= limit:
         return ""
-    return f"loss spike: {loss:.4g} after a median of {median:.4g} in {len(losses)} steps,"
+    return f"loss spike: {loss:.4g} after a median of {level:.4g} in {LEVEL_WINDOW} steps,"
 
 
 @jax.jit
