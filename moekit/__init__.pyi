@@ -159,10 +159,6 @@ from .studies import (
 from .train_config import (
     TrainConfig as TrainConfig,
 )
-from .training.checkpoint import (
-    load as load,
-    save as save,
-)
 from .training.loggers import (
     TensorBoard as TensorBoard,
     WandB as WandB,
@@ -173,6 +169,10 @@ from .training.loop import (
 )
 from .training.metrics import (
     Metrics as Metrics,
+)
+from .training.model_files import (
+    load as load,
+    save as save,
 )
 from .training.step import (
     auxiliary_losses as auxiliary_losses,

@@ -26,7 +26,7 @@ VERBS = {
     "chat": "Ask a checkpoint questions, one a line; answers are streamed.",
     "eval": "Evaluate a checkpoint on suites and average them.",
     "trace": "Trace the routing of a checkpoint: balance, load, specialization.",
-    "runs": "List the runs in a folder, or compare some: moekit runs --help.",
+    "runs": "List, compare and verify runs: moekit runs --help.",
     "plan": "Compile a training step for a TPU slice: memory, time, collectives, verdict.",
     "data": "List, describe, fetch and check data: moekit data --help.",
     "bench": "Time a layer, a step, the input pipeline: moekit bench --help.",

@@ -22,6 +22,7 @@ OPTIMIZERS = ("adafactor", "adamw")
 REMATS = ("none", "dots", "full")
 ON_NONFINITE = ("stop", "skip", "rollback")
 ON_FAULT = ("report", "stop", "rollback")
+ON_SAVE_ERROR = ("stop", "continue")
 SCHEDULES = ("constant", "rsqrt", "cosine", "linear")
 MAX_SEED = 2**32 - 1
 
@@ -55,7 +56,12 @@ class TrainConfig:
       log_every: Steps between rows of the log.
       eval_every: Steps between evaluations; 0 evaluates only at the end.
       save_every: Steps between checkpoints; 0 saves only at the end.
-      keep: Number of checkpoints to keep.
+      keep: Number of newest checkpoints to keep.
+      keep_every: Checkpoints of multiples of this step are kept for good; 0 for none.
+      keep_best: Metric of the log by which the best checkpoint is kept as well, such as valid_loss:
+        the lowest of a loss, the highest of another metric.
+      on_save_error: What to do if a checkpoint cannot be written, for example on a full disk: stop
+        or continue. The last checkpoint of a run must be written.
       data_workers: Processes of a host that read ahead; 0 uses a thread.
       on_nonfinite: What happens when the loss or the gradient norm of a step is NaN or infinite:
         stop, skip (its update is left out) or rollback (to the newest checkpoint, then with the
@@ -88,6 +94,9 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: str | None = None
+    on_save_error: str = "stop"
     data_workers: int = 0
     on_nonfinite: str = "stop"
     on_spike: str = "report"
@@ -105,7 +114,7 @@ class TrainConfig:
             "keep",
         )
         check_integers(self, owner, minimum=1, fields=at_least_one)
-        at_least_zero = ("warmup_steps", "eval_every", "save_every", "data_workers")
+        at_least_zero = ("warmup_steps", "eval_every", "save_every", "keep_every", "data_workers")
         check_integers(self, owner, minimum=0, fields=at_least_zero)
         if not 0 <= self.seed <= MAX_SEED:
             raise bad_field(self, owner, "seed", f"use 0 to {MAX_SEED} (32 bits)")
@@ -122,6 +131,7 @@ class TrainConfig:
         check_choice(self, "on_spike", ON_FAULT)
         check_choice(self, "on_collapse", ON_FAULT)
         check_positive(self, owner, "stall_seconds")
+        check_choice(self, "on_save_error", ON_SAVE_ERROR)
         for part in self.freeze:
             if part not in FREEZABLE:
                 raise unknown("part to freeze", part, FREEZABLE)

@@ -27,7 +27,7 @@ def convert(
     """
     import moekit as mk
     from moekit.model.convert import is_transformers_folder
-    from moekit.training.checkpoint import is_native_folder, save_whole
+    from moekit.training.model_files import is_native_folder, save_whole
 
     if destination.exists():
         raise FileExistsError(f"{destination} exists already: choose another folder, or delete it")

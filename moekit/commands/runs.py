@@ -1,4 +1,4 @@
-"""moekit runs: list the runs in a folder, and compare some of them."""
+"""moekit runs: list the runs in a folder, compare some of them, verify their checkpoints."""
 
 import json as json_format
 import time
@@ -151,4 +151,33 @@ def _cell(value: Any) -> str:
     return "" if value is None else json_format.dumps(value)
 
 
-COMMAND = {"list": list_runs, "compare": compare}
+def verify(folder: Annotated[Path, tyro.conf.Positional], *, json: AsJson = False) -> int:
+    """Check every checkpoint of a run: exit code 1 if one is damaged. Nothing is changed.
+
+    Args:
+      folder: A run, a folder of checkpoints, or a folder of runs.
+    """
+    import jax
+
+    # a run that is training has the accelerator
+    jax.config.update("jax_platforms", "cpu")
+    from moekit.training.verify import verify_all
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: name the folder of a run")
+    verdicts = list(verify_all(folder))
+    if not verdicts:
+        raise FileNotFoundError(f"{folder} holds no checkpoint: name the folder of a run")
+    damaged = [verdict for verdict in verdicts if verdict.damage]
+    rows = []
+    for verdict in verdicts:
+        state = "damaged" if verdict.damage else "good"
+        found = verdict.damage or f"{verdict.verified} verified"
+        rows.append((verdict.folder, str(verdict.step), state, found))
+    summary = f"{len(verdicts)} checkpoints, {len(damaged)} damaged"
+    table = Table(("folder", "step", "state", "found"), rows, notes=[summary], num_left=4)
+    print_result([asdict(verdict) for verdict in verdicts], str(table), json)
+    return 1 if damaged else 0
+
+
+COMMAND = {"list": list_runs, "compare": compare, "verify": verify}

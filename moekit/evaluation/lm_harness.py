@@ -16,7 +16,7 @@ from moekit.errors import unknown
 from moekit.evaluation.likelihood import likelihoods
 from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
-from moekit.training.checkpoint import load
+from moekit.training.model_files import load
 
 try:
     import lm_eval

@@ -1,69 +1,281 @@
-"""Checkpoints (orbax): arrays, data position and configurations of one step, written atomically."""
+"""Checkpoints (orbax): arrays, data position and configurations of one step.
+
+They are written atomically and in the background, and verified when they are read (manifest.py).
+"""
 
 import json
 import logging
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import Mesh
+from etils import epath
 
-from moekit.config import ModelConfig
-from moekit.distributed import allgather_objects, is_first, run_on_first
-from moekit.model.convert import is_transformers_folder, load_transformers
-from moekit.model.convert_hub import download_model, is_hub_id
-from moekit.model.convert_tokenizer import check_tokenizer, copy_tokenizer
-from moekit.model.convert_write import new_folder
-from moekit.model.transformer import EncoderDecoder
-from moekit.moe.routing import Router
-from moekit.training.state import abstract_model
+from moekit.distributed import allgather_objects, run_on_first
+from moekit.training.manifest import (
+    add_manifest,
+    check_arrays,
+    check_metadata,
+    count_bytes,
+    different_arrays,
+    without_manifest,
+)
+from moekit.training.retention import BestCheckpoint, retention_policy
 
 METADATA = "meta"  # the name of the JSON item
-WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the bytes of an array's numbers
+METADATA_FILE = "metadata"  # its file, as orbax names it
+Folder = Path | epath.Path  # epath for gs://
 logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read, or that is not what was saved."""
+
+    def __init__(self, folder: Folder, step: int, reason: str):
+        super().__init__(f"checkpoint {step} in {folder} is damaged ({reason})")
+        self.step = step
+        self.reason = reason
+
+
+class OtherRun(ValueError):
+    """A checkpoint of a run with other settings."""
+
+
+def to_path(path: str | Path | epath.Path) -> Folder:
+    """A local path, also of a file:// address, or the path of a gs:// address.
+
+    Raises:
+      OSError: a package that the address needs is missing.
+    """
+    # pathlib turns gs://bucket into gs:/bucket
+    address = re.fullmatch(r"(\w\w+):/+(.*)", str(path))
+    if address is None:
+        return Path(path)
+    scheme, rest = address.groups()
+    if scheme == "file":
+        return Path("/" + rest)
+    remote = epath.Path(f"{scheme}://{rest}")
+    try:
+        remote.exists()
+    except ImportError as error:
+        raise OSError(f"cannot read {remote}: {first_line(error)}") from None
+    return remote
 
 
 class Checkpoints:
     """Numbered checkpoints in a folder. A write that fails leaves the former ones as they were.
 
-    Raises:
-      OSError: the folder cannot be written, or processes do not share it.
+    Reading changes nothing: the folder is created by the first write.
+
+    Args:
+      keep: number of newest checkpoints that remain when one is written.
+      keep_every: checkpoints of multiples of this step remain as well; 0 for none.
+      best: keeps the best checkpoint as well.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 1):
-        self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
-        )
-        try:
-            run_on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-            if not all(allgather_objects(self.folder.is_dir())):
-                raise OSError("choose a folder on a disk that all processes share")
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            raise OSError(f"cannot write checkpoints to {folder}: {error}") from None
+    def __init__(
+        self,
+        folder: str | Path | epath.Path,
+        keep: int = 1,
+        keep_every: int = 0,
+        best: BestCheckpoint | None = None,
+    ):
+        path = to_path(folder)
+        self.folder = path.absolute() if isinstance(path, Path) else path
+        self._policy = retention_policy(keep, keep_every, best)
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None  # the step that is written in the background
+
+    # Reading
+
+    def candidates(self) -> list[int]:
+        """The numbers of all files and folders that are named like a checkpoint, in order."""
+        if not self.folder.is_dir():
+            return []
+        names = [child.name for child in self.folder.iterdir()]
+        return sorted(int(name) for name in names if is_step(name))
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in order."""
-        return [
-            step
-            for step in sorted(self._manager.all_steps())
-            if (self.folder / str(step) / METADATA).is_dir()
-        ]
+        """The steps of all complete checkpoints, in order; their arrays are not verified."""
+        return [step for step in self.candidates() if self._is_complete(step)]
+
+    def _is_complete(self, step: int) -> bool:
+        path = self.folder / str(step)
+        return ocp.utils.is_checkpoint_finalized(path) and (path / METADATA).is_dir()
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return max(self.steps(), default=None)
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata of a checkpoint, verified.
+
+        Raises:
+          DamagedCheckpoint: it is not what was saved.
+        """
+        return without_manifest(self.read_metadata(step))
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """The metadata of a checkpoint with its manifest, verified."""
+
+        def read() -> dict[str, Any]:
+            path = self.folder / str(step) / METADATA / METADATA_FILE
+            metadata = json.loads(path.read_text())
+            check_metadata(metadata, step)
+            return metadata
+
+        return self._attempt(step, read)
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Named trees of arrays with the shapes, types and shardings of `abstract`, verified.
+
+        Raises:
+          ValueError: other shapes or types were saved.
+          DamagedCheckpoint: an array is not what was saved.
+        """
+        metadata = self.read_metadata(step)
+        for name, tree in abstract.items():
+            differences = different_arrays(metadata, name, tree)
+            if differences:
+                raise ValueError(
+                    f"checkpoint {step} in {self.folder} does not fit this model: "
+                    f"{len(differences)} arrays of {name} differ, the first is {differences[0]}"
+                )
+        restored = {}
+        for name, tree in abstract.items():
+            restored[name] = self._restore_item(metadata, step, name, tree)
+        return restored
+
+    def _restore_item(self, metadata: dict[str, Any], step: int, name: str, abstract: Any) -> Any:
+        def read() -> Any:
+            return restore_arrays(self.folder / str(step) / name, abstract)
+
+        def check() -> None:
+            check_arrays(metadata, name, arrays)
+
+        arrays = self._attempt(step, read)
+        # digests need all processes: none computes them unless each has its arrays
+        self._attempt(step, check)
+        return arrays
+
+    def _attempt(self, step: int, action: Callable[[], Any]) -> Any:
+        """Call a function that reads a checkpoint; what fails on one process, fails on each."""
+        found = reason = None
+        try:
+            found = action()
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the device is too small
+        except Exception as error:  # orbax and tensorstore raise nearly every type
+            reason = first_line(error)
+        reasons = [each for each in allgather_objects(reason) if each is not None]
+        if reasons:
+            raise DamagedCheckpoint(self.folder, step, reasons[0])
+        return found
+
+    def read_newest(self, read: Callable[[int], Any], *, set_aside: bool = False) -> Any:
+        """The result of a function for the newest checkpoint that it can read.
+
+        Args:
+          read: gets the step; raises DamagedCheckpoint, or OtherRun for a checkpoint that does not
+            belong here.
+          set_aside: rename the newer ones, which it could not read, to "120.damaged".
+
+        Raises:
+          DamagedCheckpoint: all are damaged; nothing is renamed.
+          OtherRun: no checkpoint belongs to the run.
+        """
+        refused: dict[int, str] = {}
+        other_run: OtherRun | None = None
+        for step in reversed(self.candidates()):
+            try:
+                found = read(step)
+            except DamagedCheckpoint as error:
+                refused[step] = error.reason
+            except OtherRun as error:
+                refused[step] = "it belongs to another run"
+                other_run = other_run or error
+            else:
+                self._report_refused(refused, step, set_aside)
+                return found
+        if other_run is not None:
+            raise other_run
+        raise self._none_is_good(refused)
+
+    def _report_refused(self, refused: dict[int, str], used: int, set_aside: bool) -> None:
+        for step, reason in refused.items():
+            renamed = self.set_aside(step) if set_aside else None
+            logger.warning(
+                "checkpoint %d in %s is damaged (%s)%s: checkpoint %d is used, %d steps earlier",
+                step,
+                self.folder,
+                reason,
+                f" and now named {renamed}" if renamed else "",
+                used,
+                step - used,
+            )
+
+    def _none_is_good(self, refused: dict[int, str]) -> DamagedCheckpoint:
+        newest = max(refused)
+        others = len(refused) - 1
+        reason = refused[newest]
+        if others:
+            reason += f"; the {others} before it are damaged, too"
+        reason += "; copy a good one here, or choose another folder"
+        return DamagedCheckpoint(self.folder, newest, reason)
+
+    def set_aside(self, step: int) -> str | None:
+        """Rename a checkpoint so that it is no longer one; returns the name if it was possible."""
+        name = f"{step}.damaged"
+        number = 1
+        while (self.folder / name).exists():
+            number += 1
+            name = f"{step}.damaged-{number}"
+        try:
+            run_on_first(lambda: (self.folder / str(step)).rename(self.folder / name))
+        except OSError as error:
+            logger.warning("cannot rename %s: %s", self.folder / str(step), first_line(error))
+            return None
+        if self._manager is not None:
+            self._manager.reload()
+        return name
+
+    # Writing
+
+    def prepare_writing(self) -> None:
+        """Create the folder, remove what an interrupted write left in it.
+
+        Raises:
+          OSError: the folder cannot be written, or processes do not share it.
+        """
+        if self._manager is not None:
+            return
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy, create=False, cleanup_tmp_directories=True
+        )
+        try:
+            run_on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            if not all(allgather_objects(self.folder.is_dir())):
+                raise OSError("choose a folder on a disk that all processes share")
+            for step in self.candidates():
+                if not self._is_complete(step):
+                    path = self.folder / str(step)
+                    logger.warning("%s is no checkpoint: renamed %s", path, self.set_aside(step))
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, handler_registry=_save_handlers()
+            )
+        except OSError as error:
+            raise OSError(f"cannot write checkpoints to {self.folder}: {error}") from None
+
     def require_room(self, copies: int, items: dict[str, Any]) -> None:
         """Raise OSError unless the disk has room for that many more checkpoints of these arrays."""
-        array_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items))
+        if not isinstance(self.folder, Path):
+            return  # a bucket has no size
         # JSON, indices and block sizes are added to the arrays
-        needed = copies * (1.05 * array_bytes + 2**18)
+        needed = copies * (1.05 * count_bytes(items) + 2**18)
 
         def measure() -> None:
             free = shutil.disk_usage(self.folder).free
@@ -76,104 +288,113 @@ class Checkpoints:
 
         run_on_first(measure)
 
-    def save(self, step: int, metadata: dict[str, Any], items: dict[str, Any]) -> None:
-        """Write named trees of arrays and JSON-ready metadata; returns when they are on disk.
+    def save(
+        self, step: int, metadata: dict[str, Any], items: dict[str, Any], *, wait: bool = True
+    ) -> None:
+        """Write named trees of arrays and JSON-ready metadata, after a save that is in progress.
+
+        Args:
+          wait: return when they are on disk; otherwise they are written in the background. The
+            arrays may be donated then: orbax copies them to the host or holds their buffers, which
+            XLA does not overwrite while they are held.
 
         Raises:
           OSError: the disk is full or not writable; former checkpoints remain.
         """
+        self.wait()
+        self.prepare_writing()
         self.require_room(1, items)
-        metadata = metadata | {"checksums": {name: checksums(items[name]) for name in items}}
-        arguments = {METADATA: ocp.args.JsonSave(metadata)}
+        arguments = {METADATA: ocp.args.JsonSave(add_manifest(metadata, step, items))}
         for name, arrays in items.items():
-            arguments[name] = ocp.args.StandardSave(arrays)
+            arguments[name] = ocp.args.PyTreeSave(arrays)
+        self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
-            self._manager.wait_until_finished()
-        except (
-            Exception
-        ) as error:  # tensorstore has its own exceptions, for example for a full disk
-            raise OSError(
-                f"could not write checkpoint {step} to {self.folder}: {first_line(error)}. Former "
-                "checkpoints are intact; make room (or choose another workdir) and run the same "
-                "command again"
-            ) from None
+        except Exception as error:  # tensorstore has its own, for example for a full disk
+            raise self._could_not_write(first_line(error)) from None
+        if wait:
+            self.wait()
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """The metadata of a checkpoint.
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background on this process."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is written in the background is on disk.
 
         Raises:
-          ValueError: it is damaged.
+          OSError: it could not be written; former checkpoints remain.
         """
-        arguments = {METADATA: ocp.args.JsonRestore()}
+        if self._saving is None:
+            return
+        reason = None
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+            self._manager.wait_until_finished()
         except Exception as error:
-            raise self._damaged(step, first_line(error)) from None
-        if not isinstance(restored[METADATA], dict) or "model" not in restored[METADATA]:
-            raise self._damaged(step, "its metadata is incomplete")
-        return restored[METADATA]
+            reason = first_line(error)
+        reasons = [each for each in allgather_objects(reason) if each is not None]
+        if reasons:
+            raise self._could_not_write(reasons[0])
+        self._saving = None
 
-    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Named trees of arrays with the shapes, types and shardings of `abstract`.
-
-        Raises:
-          ValueError: other shapes were saved, or the checkpoint is damaged.
-        """
-        saved = self.metadata(step).get("checksums", {})
-        restored = {}
-        for name, tree in abstract.items():
-            try:
-                restored[name] = _restore_arrays(self.folder / str(step) / name, tree)
-            except Exception as error:
-                otherwise = "does not fit this model or "
-                raise self._damaged(step, first_line(error), otherwise) from None
-            if name in saved and saved[name] != checksums(restored[name]):
-                raise self._damaged(step, f"the arrays of {name} are not those that were saved")
-        return restored
-
-    def _damaged(self, step: int, reason: str, otherwise: str = "") -> ValueError:
-        others = [other for other in self.steps() if other != step]
-        fix = f"delete the folder {self.folder / str(step)}"
-        if others:
-            fix += f" to use checkpoint {others[-1]}"
-        return ValueError(
-            f"checkpoint {step} in {self.folder} {otherwise}is damaged ({reason}): {fix}"
+    def _could_not_write(self, reason: str) -> OSError:
+        step = self._saving
+        self._saving = None
+        self._manager = None  # the next save starts with a new one, which removes what is left
+        return OSError(
+            f"could not write checkpoint {step} to {self.folder}: {reason}. Former checkpoints are "
+            "intact; make room (or choose another workdir) and run the same command again"
         )
 
+    def settle(self) -> None:
+        """Wait for a save in progress; a failure is logged, as another error is raised."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._saving = None
+        except Exception as error:
+            logger.warning("%s", self._could_not_write(first_line(error)))
+
     def close(self) -> None:
-        self._manager.close()
+        """Wait as `settle` does, and end the threads that write."""
+        self.settle()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
 
 
-def _restore_arrays(path: Path, abstract: Any) -> Any:
+def is_step(name: str) -> bool:
+    """Whether a file is named like a checkpoint."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def _save_handlers() -> Any:
+    """How orbax writes items: without compression, which would need twice the memory and time."""
+    arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+    text = ocp.JsonCheckpointHandler(filename=METADATA_FILE)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.PyTreeSave, arrays)
+    registry.add(None, ocp.args.JsonSave, text)
+    return registry
+
+
+def restore_arrays(path: Folder, abstract: Any) -> Any:
     """The arrays of one item. Buffers of those that are being read hold a tenth of the item, or its
     largest array."""
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
-    buffer_bytes = max(1.1 * max(sizes), 0.1 * sum(sizes)) + 2**20
+    largest = max(count_bytes(leaf) for leaf in jax.tree.leaves(abstract))
+    buffer_bytes = max(1.1 * largest, 0.1 * count_bytes(abstract)) + 2**20
+    # without a Checkpointer, which waits for the other processes also where one of them failed
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=buffer_bytes / 1e9)
-    with ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
+    try:
+        return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(abstract))
+    finally:
+        handler.close()
 
 
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """A number for every array, which changes when a byte of it does.
-
-    The sum of its 32-bit words, modulo 2^32, is the same for every sharding.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # one array at a time: a backend may copy it
-    return {jax.tree_util.keystr(path): int(_word_sum(array)) for path, array in leaves}
-
-
-@jax.jit
-def _word_sum(array: jax.Array) -> jax.Array:
-    words = jax.lax.bitcast_convert_type(array, WORDS[array.dtype.itemsize])
-    return jnp.sum(words, dtype=jnp.uint32)
 
 
 def describe_differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -188,120 +409,3 @@ def describe_differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 def to_json(values: dict[str, Any]) -> dict[str, Any]:
     """Values as they are read back from a JSON file (tuples become lists)."""
     return json.loads(json.dumps(values))
-
-
-def save(path: str | Path, model: EncoderDecoder) -> None:
-    """Write a model with its configuration; `load` reads it back.
-
-    Raises:
-      OSError: the disk is full or not writable.
-    """
-    checkpoints = Checkpoints(path)
-    newest = checkpoints.latest()
-    step = 0 if newest is None else newest + 1
-    arrays = nnx.to_pure_dict(nnx.state(model))
-    checkpoints.save(step, {"model": model.cfg.to_dict()}, {"model": arrays})
-    checkpoints.close()
-
-
-def save_whole(path: str | Path, model: EncoderDecoder) -> None:
-    """`save` into a new folder, with the tokenizer; it appears when all of it is written.
-
-    Raises:
-      FileExistsError: the folder exists.
-      OSError: the disk is full or not writable.
-    """
-    path = Path(path).absolute()
-    check_tokenizer(model.cfg.tokenizer)
-    num_bytes = 4 * model.cfg.num_parameters().total
-    with new_folder(path, num_bytes) as folder:
-        cfg = model.cfg
-        if is_first():
-            copied = copy_tokenizer(cfg.tokenizer, folder)
-            if copied not in (None, "byte"):
-                cfg = cfg.replace(tokenizer=str(path / Path(copied).name))
-        graphdef, state = nnx.split(model)
-        renamed = nnx.merge(graphdef, state)
-        renamed.cfg = cfg
-        save(folder, renamed)
-
-
-def _checkpoint_folder(path: Path) -> Path:
-    """The folder itself, or that of the checkpoints in a run's workdir."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
-
-
-def is_native_folder(path: Path) -> bool:
-    """Whether a folder holds checkpoints that `save` or `train` wrote."""
-    folder = _checkpoint_folder(path)
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
-
-
-def load(
-    path: str | Path,
-    *,
-    step: int | None = None,
-    cfg: ModelConfig | None = None,
-    router: Router | None = None,
-    mesh: Mesh | None = None,
-) -> EncoderDecoder:
-    """The model in a folder that `save` or `train` wrote, or in one of transformers.
-
-    Arrays are read straight into their shards; no other copy of the parameters is made. T5,
-    T5 v1.1, Flan-T5 and Switch Transformers are read from their safetensors or torch files (without
-    torch), in float32, with their tokenizer and generation settings. The public Switch checkpoints
-    are pretrained only: until they are tuned, they answer with gibberish.
-
-    Args:
-      path: a folder, or the name of a model on the Hugging Face hub, as google/flan-t5-small.
-      step: default the newest checkpoint.
-      cfg: expected configuration.
-      router: the router of your own that the model was trained with: a checkpoint stores its name.
-      mesh: parameters are sharded over it.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint, or none of that step.
-      ConnectionError: a name of the hub without a network.
-      ValueError: the checkpoint is damaged or of another configuration (naming the fields), it
-        needs a router of its author, or it is of another model family.
-    """
-    if not Path(path).exists() and is_hub_id(str(path)):
-        path = download_model(str(path))
-    path = Path(path)
-    if is_transformers_folder(path):
-        model = load_transformers(path, mesh)
-        _check_config(path, to_json(model.cfg.to_dict()), cfg)
-        return model
-    folder = _checkpoint_folder(path)
-    if not is_native_folder(path):
-        raise FileNotFoundError(f"no checkpoint in {path}: give a folder written by train or save")
-    checkpoints = Checkpoints(folder)
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        raise FileNotFoundError(f"{path} has no step {step}, only {steps}")
-    if not steps:
-        raise FileNotFoundError(f"{path} has no complete checkpoint: the folders there are damaged")
-    if step is None:
-        step = steps[-1]
-    saved = checkpoints.metadata(step)["model"]
-    _check_config(path, saved, cfg)
-    if cfg is None:
-        cfg = ModelConfig.from_dict(saved, router)
-    abstract = abstract_model(lambda: EncoderDecoder(cfg, mesh=mesh), mesh)
-    model = restore_model(checkpoints, step, abstract)
-    checkpoints.close()
-    return model
-
-
-def _check_config(path: Path, saved: dict[str, Any], expected: ModelConfig | None) -> None:
-    if expected is not None and saved != to_json(expected.to_dict()):
-        difference = describe_differences(saved, to_json(expected.to_dict()))
-        raise ValueError(f"{path} holds a model of another configuration ({difference})")
-
-
-def restore_model(checkpoints: Checkpoints, step: int, model: EncoderDecoder) -> EncoderDecoder:
-    """A model of shapes and shardings with the arrays of a checkpoint in their place."""
-    graphdef, state = nnx.split(model)
-    restored = checkpoints.restore(step, {"model": nnx.to_pure_dict(state)})
-    nnx.replace_by_pure_dict(state, restored["model"])
-    return nnx.merge(graphdef, state)

@@ -20,7 +20,7 @@ from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.distributed import allgather_objects, is_first
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
-from moekit.training.checkpoint import Checkpoints, to_json
+from moekit.training.checkpoint import Checkpoints, to_json, to_path
 from moekit.training.guards import (
     COLLAPSE,
     MAX_ROLLBACKS,
@@ -36,6 +36,7 @@ from moekit.training.guards import (
 )
 from moekit.training.metrics import LOG, Metrics
 from moekit.training.optim import schedule
+from moekit.training.retention import BestCheckpoint
 from moekit.training.run_data import RunData, StalledInput
 from moekit.training.run_folder import record_start
 from moekit.training.run_lock import RunLock, write_alone
@@ -118,6 +119,7 @@ class Trainer:
         logs = workdir is not None and is_first()
         self.metrics = Metrics(workdir / LOG if logs else None)
         self.checkpoints: Checkpoints | None = None
+        self.saved_step: int | None = None  # of the newest checkpoint
 
     # Steps
 
@@ -202,8 +204,10 @@ class Trainer:
         self.metrics.add({"step": step, "fault": what})
 
     def stopped_by(self, fault: Fault, reason: str = "") -> TrainingFault:
-        steps = [] if self.checkpoints is None else self.checkpoints.steps()
-        folder = None if self.checkpoints is None else self.checkpoints.folder
+        steps, folder = [], None
+        if self.checkpoints is not None:
+            self.checkpoints.settle()
+            steps, folder = self.checkpoints.steps(), self.checkpoints.folder
         return fault.error(
             f"{reason}the learning rate is {self.current_rate():.3g}; lower learning_rate, set "
             f"clip_norm=1.0 or raise warmup_steps; {describe_kept(folder, steps)}"
@@ -211,22 +215,21 @@ class Trainer:
 
     def roll_back(self, fault: Fault) -> None:
         """Return to the newest checkpoint and continue with the data in another order."""
-        newest = None if self.checkpoints is None else self.checkpoints.latest()
-        if newest is None:
+        if self.checkpoints is None or not self.saved_steps():
             raise self.stopped_by(fault, "there is no checkpoint to return to; ")
         if self.num_rollbacks == MAX_ROLLBACKS:
             raise self.stopped_by(fault, f"this is the fault after {MAX_ROLLBACKS} rollbacks; ")
         self.num_rollbacks += 1
         order = self.reader.order + 1
-        self.restore(newest)
+        self.checkpoints.read_newest(self.restore, set_aside=True)
         self.reader.change_order(order)
         self.state = replace(self.state, position=self.reader.stream.get_state())
         self.next_batch = None
         self.pending = []
         self.guard.forget()
+        step = self.num_done
         self.record_fault(
-            newest,
-            f"{fault}: rolled back to step {newest}, training continues with data order {order}",
+            step, f"{fault}: rolled back to step {step}, training continues with data order {order}"
         )
 
     def parameter_fault(self) -> Fault:
@@ -333,25 +336,44 @@ class Trainer:
 
     def start(self, resume: bool) -> None:
         """Restore the newest checkpoint of the workdir, or begin at step 0."""
-        newest = None
+        found: list[int] = []
         if self.workdir is not None:
-            self.checkpoints = Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
-            newest = self.checkpoints.latest()
-            self.require_room(newest or 0)
-        if newest is None:
-            self.metrics.keep_until(-1)
-            _, params, rest = split_model(self.model)
-            # copies, which the steps may donate: the caller keeps the model's arrays
-            params, rest = copy_arrays((params, rest))
-            state = self.step.start(params, rest, self.config.seed)
-            self.state = replace(state, position=self.reader.stream.get_state())
-            return
-        if not resume:
+            self.checkpoints = self.open_checkpoints(self.workdir)
+            found = self.checkpoints.candidates()
+        if found and not resume:
             raise ValueError(
-                f"{self.workdir} already holds a run at step {newest}: choose another workdir, "
+                f"{self.workdir} already holds a run at step {found[-1]}: choose another workdir, "
                 "delete it, or resume it"
             )
-        self.restore(newest)
+        if found:
+            self.checkpoints.read_newest(self.restore, set_aside=True)
+        else:
+            self.begin()
+        if self.checkpoints is not None:
+            self.checkpoints.prepare_writing()
+            self.require_room(self.num_done)
+
+    def open_checkpoints(self, workdir: Path) -> Checkpoints:
+        config = self.config
+        best = None
+        if config.keep_best is not None:
+            best = BestCheckpoint(config.keep_best, self.best_scores)
+        return Checkpoints(workdir / "checkpoints", config.keep, config.keep_every, best)
+
+    def best_scores(self) -> dict[int, float]:
+        """The metric by which checkpoints are kept, by step; from the log of process 0."""
+        name = self.config.keep_best
+        scores = [[row["step"], row[name]] for row in self.metrics.rows if name in row]
+        return dict(allgather_objects(scores)[0])
+
+    def begin(self) -> None:
+        """Start at step 0 with the model's parameters."""
+        self.metrics.keep_until(-1)
+        _, params, rest = split_model(self.model)
+        # copies, which the steps may donate: the caller keeps the model's arrays
+        params, rest = copy_arrays((params, rest))
+        state = self.step.start(params, rest, self.config.seed)
+        self.state = replace(state, position=self.reader.stream.get_state())
 
     def require_room(self, num_done: int) -> None:
         """Raise OSError unless the checkpoints of the remaining steps fit on the disk."""
@@ -360,7 +382,12 @@ class Trainer:
             return
         num_saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
         # a new checkpoint is written before the oldest is deleted
-        num_kept = min(num_saves, config.keep + 1)
+        num_kept = config.keep + 1
+        if config.keep_every:
+            num_kept += config.steps // config.keep_every
+        if config.keep_best is not None:
+            num_kept += 1
+        num_kept = min(num_saves, num_kept)
         num_new = num_kept - len(self.checkpoints.steps())
         self.checkpoints.require_room(num_new, checkpoint_items(self.step.state))
 
@@ -368,7 +395,7 @@ class Trainer:
         """Continue from a checkpoint of this run.
 
         Raises:
-          ValueError: the checkpoint is damaged, or of a run with other settings.
+          DamagedCheckpoint, OtherRun: it is damaged, or of a run with other settings.
         """
         metadata = self.checkpoints.metadata(step)
         check_same_run(self.workdir, metadata, self.settings())
@@ -376,26 +403,69 @@ class Trainer:
         self.reader.set_state(metadata.get("data_order", 0), metadata["stream"])
         position = self.reader.stream.get_state()
         self.state = state_from_items(self.step.state, items, position)
-        self.num_done = step
+        self.num_done = self.saved_step = step
         if self.metrics.path is not None and self.metrics.path.exists():
             self.metrics = Metrics.load(self.metrics.path)
         self.metrics.keep_until(step)
 
-    def save(self) -> None:
-        """Write a checkpoint, if there is a workdir and the state is finite."""
+    def save(self, is_last: bool = False) -> None:
+        """Begin to write a checkpoint, if there is a workdir and the state is finite.
+
+        Args:
+          is_last: return when it is on disk.
+
+        Raises:
+          OSError: this checkpoint or the one before could not be written, and on_save_error is
+            stop; with is_last always.
+        """
         if self.checkpoints is None or self.num_done == 0:
             return
-        if self.checkpoints.latest() == self.num_done:
+        self.wait_for_save()
+        if self.saved_step == self.num_done:
             return
         if self.lock is not None:
             self.lock.require()
         if not all_finite(self.state.params):
             raise self.stopped_by(self.parameter_fault())
+        self.saved_step = self.num_done
+        try:
+            self.write_checkpoint(is_last)
+        except OSError as error:
+            self.handle_save_error(error, is_last)
+
+    def write_checkpoint(self, wait: bool) -> None:
         position: dict[str, str] = {}
         for of_process in allgather_objects(self.state.position):
             position |= of_process
         metadata = self.settings() | {"stream": position, "data_order": self.reader.order}
-        self.checkpoints.save(self.num_done, metadata, checkpoint_items(self.state))
+        items = checkpoint_items(self.state)
+        self.checkpoints.save(self.num_done, metadata, items, wait=wait)
+
+    def wait_for_save(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            self.handle_save_error(error, is_last=False)
+
+    def notice_failed_save(self) -> None:
+        """Handle a save that failed in the background. Of several processes only this one may know:
+        there it is handled before the next save."""
+        if self.checkpoints is None or jax.process_count() > 1:
+            return
+        if not self.checkpoints.is_writing():
+            self.wait_for_save()
+
+    def handle_save_error(self, error: OSError, is_last: bool) -> None:
+        self.saved_step = None
+        if is_last or self.config.on_save_error == "stop":
+            raise error
+        logger.warning("%s; training continues (on_save_error=continue)", error)
+
+    def saved_steps(self) -> list[int]:
+        """The steps of the checkpoints on disk, after the one that is being written."""
+        self.wait_for_save()
+        return self.checkpoints.steps()
 
     def describe_saved(self) -> str:
         """What a run that ends early leaves."""
@@ -460,7 +530,7 @@ def train(
         as_source(source),
         config,
         tokenizer,
-        workdir=None if workdir is None else Path(workdir),
+        workdir=None if workdir is None else to_path(workdir),
         eval_source=None if eval_source is None else as_source(eval_source),
         callbacks=callbacks,
         on_log=[on_log] if callable(on_log) else on_log,
@@ -518,6 +588,7 @@ def run_steps(trainer: Trainer, bar: ProgressBar) -> None:
             if jax.process_count() > 1:
                 raise  # the others cannot save with this one
             stall = error
+        trainer.notice_failed_save()
         step = trainer.num_done
         is_last = step == config.steps
         stopping = trainer.stop.should_stop() or stall is not None
@@ -538,7 +609,7 @@ def run_steps(trainer: Trainer, bar: ProgressBar) -> None:
             start = time.perf_counter()
         pause = time.perf_counter()
         if saves:
-            trainer.save()
+            trainer.save(is_last=stopping or is_last)
         # after saving: a callback may raise
         if row is not None:
             trainer.report(row)

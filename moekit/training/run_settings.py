@@ -13,7 +13,7 @@ from moekit.distributed import allgather_objects
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import batch_shards
 from moekit.train_config import ALL_BUT_ROUTER
-from moekit.training.checkpoint import describe_differences
+from moekit.training.checkpoint import OtherRun, describe_differences
 
 FORMAT = 2  # of a run's checkpoints; 1 had other optimizer states
 LEARNING_RATE_SETTINGS = ("learning_rate", "schedule", "warmup_steps", "clip_norm")
@@ -23,6 +23,9 @@ LOOP_SETTINGS = (
     "eval_every",
     "save_every",
     "keep",
+    "keep_every",
+    "keep_best",
+    "on_save_error",
     "remat",
     "data_workers",
     "on_nonfinite",
@@ -110,6 +113,9 @@ def program_settings(config: TrainConfig) -> TrainConfig:
         eval_every=0,
         save_every=0,
         keep=1,
+        keep_every=0,
+        keep_best=None,
+        on_save_error=unused.on_save_error,
         data_workers=0,
         on_nonfinite="skip" if config.on_nonfinite == "skip" else "stop",
         on_spike=unused.on_spike,
@@ -122,9 +128,9 @@ def program_settings(config: TrainConfig) -> TrainConfig:
 
 
 def check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint belongs to a run with other settings."""
+    """Raise OtherRun (a ValueError) if a checkpoint belongs to a run with other settings."""
     if saved.get("format", 1) != FORMAT:
-        raise ValueError(
+        raise OtherRun(
             f"{workdir} holds a run of an earlier moekit, whose optimizer state has another layout "
             "(attention kernels and experts were factored otherwise): finish it with that version, "
             "or load its model with mk.load and train it in a new workdir"
@@ -140,7 +146,7 @@ def check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any])
     }
     for name, difference in differences.items():
         if difference:
-            raise ValueError(
+            raise OtherRun(
                 f"{workdir} holds a run of another {name} configuration ({difference}): "
                 f"{REMEDIES[name]}"
             )

@@ -14,7 +14,8 @@ from moekit.config import ModelConfig, TrainConfig
 from moekit.model.transformer import EncoderDecoder
 from moekit.model.upcycle import Names, check_upcycle, origin, upcycle_array, upcycle_model
 from moekit.sharding import is_variable
-from moekit.training.checkpoint import Checkpoints, load, to_json
+from moekit.training.checkpoint import Checkpoints, to_json
+from moekit.training.model_files import load
 from moekit.training.optim import path_names
 from moekit.training.run_settings import FORMAT, program_settings
 from moekit.training.state import (
@@ -87,21 +88,24 @@ def _upcycle_run(
     """Write a run that continues the dense run in a folder, and return its model."""
     folder = _run_checkpoints(source, workdir)
     checkpoints = Checkpoints(folder)
-    step = checkpoints.latest()
-    if step is None:
-        raise FileNotFoundError(f"{source} has no complete checkpoint to upcycle")
-    metadata = checkpoints.metadata(step)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{source} is a run of an earlier moekit, whose optimizer state has another layout: "
-            "leave workdir out to upcycle its model alone"
-        )
-    dense_cfg = ModelConfig.from_dict(metadata["model"])
-    check_upcycle(dense_cfg, cfg)
+    if not checkpoints.candidates():
+        raise FileNotFoundError(f"{source} has no checkpoint to upcycle")
+
+    def read(step: int) -> tuple[int, dict[str, Any], EncoderDecoder, TrainState]:
+        metadata = checkpoints.metadata(step)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{source} is a run of an earlier moekit, whose optimizer state has another "
+                "layout: leave workdir out to upcycle its model alone"
+            )
+        dense_cfg = ModelConfig.from_dict(metadata["model"])
+        check_upcycle(dense_cfg, cfg)
+        abstract = abstract_model(lambda: EncoderDecoder(dense_cfg, mesh=mesh), mesh)
+        train_config = TrainConfig.from_dict(metadata["train"])
+        return step, metadata, abstract, _restore(checkpoints, step, abstract, train_config)
+
+    step, metadata, abstract, dense_state = checkpoints.read_newest(read)
     config = TrainConfig.from_dict(metadata["train"])
-    abstract = abstract_model(lambda: EncoderDecoder(dense_cfg, mesh=mesh), mesh)
-    dense_state = _restore(checkpoints, step, abstract, config)
-    checkpoints.close()
     graphdef, _, _ = split_model(abstract)
     dense = nnx.merge(graphdef, dense_state.params, dense_state.rest)
     model = upcycle_model(dense, cfg, seed=seed, mesh=mesh)
