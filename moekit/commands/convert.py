@@ -26,12 +26,11 @@ def convert(
       destination: New folder; it appears when all of it is written.
     """
     import moekit as mk
-    from moekit.model.convert import is_transformers_folder
     from moekit.training.model_files import is_native_folder, save_whole
 
     if destination.exists():
         raise FileExistsError(f"{destination} exists already: choose another folder, or delete it")
-    to_transformers = is_native_folder(Path(source)) and not is_transformers_folder(Path(source))
+    to_transformers = is_native_folder(Path(source))  # a run also has a config.json
     model = mk.load(source)
     if to_transformers:
         mk.export(destination, model)

@@ -104,11 +104,12 @@ def load(
     if is_hub_id(str(path)) and not Path(path).exists():
         path = download_model(str(path))
     folder = to_path(path)
-    if isinstance(folder, Path) and is_transformers_folder(folder):
+    is_native = is_native_folder(folder)  # a run also has a config.json
+    if not is_native and isinstance(folder, Path) and is_transformers_folder(folder):
         model = load_transformers(folder, mesh)
         _check_config(path, to_json(model.cfg.to_dict()), cfg)
         return model
-    if not is_native_folder(folder):
+    if not is_native:
         raise FileNotFoundError(f"no checkpoint in {path}: give a folder written by train or save")
     checkpoints = Checkpoints(_checkpoint_folder(folder))
 
