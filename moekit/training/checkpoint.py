@@ -392,7 +392,10 @@ def restore_arrays(path: Folder, abstract: Any) -> Any:
         handler.close()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what caused an error: orbax and tensorstore describe it in many lines."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

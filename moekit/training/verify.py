@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moekit.training.checkpoint import METADATA, Checkpoints, DamagedCheckpoint, first_line, is_step
+from moekit.training.checkpoint import (
+    METADATA,
+    Checkpoints,
+    DamagedCheckpoint,
+    first_line,
+    is_step,
+    restore_arrays,
+)
 from moekit.training.manifest import MANIFEST, WORD_SUMS, check_arrays
-from moekit.training.state import replicated
+from moekit.training.state import replicated, with_shardings
 
 RUN_ITEMS = ("model", "optimizer", "progress")
 PARTS = (METADATA, *RUN_ITEMS)  # of which a checkpoint has at least one
@@ -93,16 +101,31 @@ def item_names(metadata: dict[str, Any]) -> list[str]:
 
 def check_item(metadata: dict[str, Any], path: Any, name: str) -> None:
     """Raise an exception unless the arrays of an item are those that were saved."""
-    sharding = replicated(None)
+    if MANIFEST in metadata:
+        shapes = saved_shapes(metadata[MANIFEST]["arrays"][name])
+    else:
+        shapes = described_shapes(path)
+    arrays = restore_arrays(path, with_shardings(shapes, replicated(None)))
+    check_arrays(metadata, name, arrays)
 
-    def shape(array: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
+def saved_shapes(described: dict[str, Any]) -> dict[str, Any]:
+    """The tree of an item's shapes, of its manifest."""
+    shapes: dict[str, Any] = {}
+    for name, array in described.items():
+        *parents, last = name.split("/")
+        parent = shapes
+        for key in parents:
+            parent = parent.setdefault(key, {})
+        parent[last] = jax.ShapeDtypeStruct(tuple(array["shape"]), jnp.dtype(array["type"]))
+    return shapes
+
+
+def described_shapes(path: Any) -> Any:
+    """The tree of an item's shapes, as orbax describes it: for checkpoints without a manifest."""
     handler = ocp.StandardCheckpointHandler()
     try:
-        saved = handler.metadata(epath.Path(path))
-        abstract = jax.tree.map(shape, getattr(saved, "tree", saved))
-        arrays = handler.restore(epath.Path(path), args=ocp.args.StandardRestore(abstract))
+        described = handler.metadata(epath.Path(path))
     finally:
         handler.close()
-    check_arrays(metadata, name, arrays)
+    return getattr(described, "tree", described)
