@@ -6,6 +6,7 @@ that a fault is found one step late and no step waits for it.
 
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,11 +235,12 @@ def describe_spike(loss: float, former_losses: Sequence[float]) -> str:
     """
     if len(former_losses) < LEVEL_WINDOW:
         return ""
-    losses = np.array(former_losses)
-    level = float(np.median(losses[-LEVEL_WINDOW:]))
+    losses = list(former_losses)
+    level = statistics.median(losses[-LEVEL_WINDOW:])
+    if loss <= level + MIN_SPIKE * abs(level):
+        return ""  # as after nearly every step: the rest takes longer
     change = float(np.median(np.abs(np.diff(losses))))
-    limit = level + max(SPIKE_CHANGES * change, MIN_SPIKE * abs(level))
-    if loss <= limit:
+    if loss <= level + SPIKE_CHANGES * change:
         return ""
     return f"loss spike: {loss:.4g} after a median of {level:.4g} in {LEVEL_WINDOW} steps,"
 

@@ -579,15 +579,7 @@ def run_steps(trainer: Trainer, bar: ProgressBar) -> None:
     start = time.perf_counter()
     while trainer.num_done < config.steps:
         former = trainer.num_done
-        stall = None
-        try:
-            do_step(trainer, bar)
-        except Stopped:
-            pass  # while a batch was waited for: should_stop is true
-        except StalledInput as error:
-            if jax.process_count() > 1:
-                raise  # the others cannot save with this one
-            stall = error
+        stall = do_step(trainer, bar)
         trainer.notice_failed_save()
         step = trainer.num_done
         is_last = step == config.steps
@@ -623,10 +615,22 @@ def run_steps(trainer: Trainer, bar: ProgressBar) -> None:
             raise Stopped(trainer.describe_saved(), trainer.stop.number)
 
 
-def do_step(trainer: Trainer, bar: ProgressBar) -> None:
-    """One step, which the bar counts; compilation is waited for, to leave it out of the times."""
-    with bar.compiling(trainer.step.update) as compiles:
-        trainer.advance()
-        if compiles:
-            jax.block_until_ready(trainer.pending)
-    bar.update()
+def do_step(trainer: Trainer, bar: ProgressBar) -> StalledInput | None:
+    """One step, which the bar counts; compilation is waited for, to leave it out of the times.
+
+    Returns:
+      the error if no batch arrived for the next step: the run has to be saved before it is raised.
+    """
+    try:
+        with bar.compiling(trainer.step.update) as compiles:
+            trainer.advance()
+            if compiles:
+                jax.block_until_ready(trainer.pending)
+        bar.update()
+    except Stopped:
+        pass  # while a batch was waited for: should_stop is true
+    except StalledInput as stall:
+        if jax.process_count() > 1:
+            raise  # the others cannot save with this one
+        return stall
+    return None
