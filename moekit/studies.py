@@ -41,7 +41,8 @@ from moekit.evaluation.evaluator import evaluate
 from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
 from moekit.presets import preset
-from moekit.training.loop import Callback, OnLog, Run, train
+from moekit.training.loop import Run, train
+from moekit.training.trainer import Callback, OnLog
 
 SOURCES = ("builtin", "local")
 FORMER_LOCAL = "mirror"  # the former name of "local"

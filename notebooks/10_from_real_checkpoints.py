@@ -41,7 +41,7 @@ import numpy as np
 
 import moekit as mk
 from moekit.commands.runtime import describe_runtime
-from moekit.training.loop import evaluate_loss
+from moekit.training.validation import evaluate_loss
 
 SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": a TPU VM and MOEKIT_DATA
 FOLDER = Path(f"runs/{SETTING}/real")

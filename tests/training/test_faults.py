@@ -19,7 +19,7 @@ from flax import nnx
 import moekit as mk
 from moekit.data import loader
 from moekit.data.text import Corpus, Document
-from moekit.training import loop
+from moekit.training import trainer
 from moekit.training.checkpoint import Checkpoints
 from moekit.training.guards import MAX_ROLLBACKS, NonFiniteLoss, TrainingFault
 from moekit.training.run_data import RunData, StalledInput
@@ -178,7 +178,7 @@ def test_a_spike(tmp_path, monkeypatch, caplog, policy):
 
         return step._replace(update=update)
 
-    monkeypatch.setattr(loop, "compiled_step", spiking_step)
+    monkeypatch.setattr(trainer, "compiled_step", spiking_step)
     config = CONFIG.replace(steps=30, save_every=10, log_every=10, on_spike=policy)
     if policy == "stop":
         with pytest.raises(TrainingFault, match=r"loss spike: 1000 .* at step 25") as error:

@@ -19,7 +19,7 @@ import moekit as mk
 from moekit.config import TrainConfig
 from moekit.data.loader import batches
 from moekit.data.text import Corpus, Document
-from moekit.training import loop
+from moekit.training import trainer
 from moekit.training.checkpoint import Checkpoints
 from moekit.training.guards import NonFiniteLoss
 from moekit.training.run_settings import program_settings
@@ -192,7 +192,7 @@ def poison_after(monkeypatch, step_number, what):
 
         return step._replace(update=update)
 
-    monkeypatch.setattr(loop, "compiled_step", poisoned_step)
+    monkeypatch.setattr(trainer, "compiled_step", poisoned_step)
 
 
 @pytest.mark.parametrize(
