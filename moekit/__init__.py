@@ -10,6 +10,8 @@ The public names are listed in `__init__.pyi`. Each is imported when it is first
 
 import lazy_loader
 
-__version__ = "0.1.0"
+from moekit.installed import VERSION
+
+__version__ = VERSION
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

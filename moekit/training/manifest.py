@@ -10,14 +10,12 @@ import json
 import math
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, UInt32
 
-import moekit
+from moekit.installed import installed_versions
 
 MANIFEST = "manifest"
 WORD_SUMS = "checksums"  # of checkpoints before there was a manifest
@@ -31,12 +29,7 @@ def add_manifest(metadata: dict[str, Any], step: int, items: dict[str, Any]) -> 
     """Metadata with the manifest of named trees of arrays."""
     manifest = {
         "step": step,
-        "versions": {
-            "moekit": moekit.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "orbax": ocp.__version__,
-        },
+        "versions": installed_versions(),
         "mesh": _mesh_axes(items),
         "processes": jax.process_count(),
         "arrays": {name: describe_arrays(tree) for name, tree in items.items()},

@@ -8,7 +8,6 @@ run.lock: the process that trains there.
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekit.installed import installed_versions
 from moekit.training.metrics import LOG, Metrics, read_rows
 from moekit.training.run_lock import read_writer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.jsonl"
 CHECKPOINTS = "checkpoints"
-LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MAX_DEPTH = 3  # of folders within the one in which runs are looked for
 
 
@@ -48,24 +47,10 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
         "git_commit": git_commit(),
-        "versions": versions(),
+        "versions": installed_versions(),
         "devices": devices,
         "processes": jax.process_count(),
     }
-
-
-@functools.lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Of Python, moekit and the libraries that compute."""
-    from moekit import __version__
-
-    found = {"python": sys.version.split()[0], "moekit": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @functools.lru_cache(maxsize=1)
