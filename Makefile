@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: colab colab-fast colab-install colab-python tour test lint lab notebooks figures bench parity release clean
+.PHONY: colab colab-fast colab-install colab-python tour test drill lint lab notebooks figures bench parity release clean
 
 tour: $(STAMP)  ## execute all notebooks (or ONLY=00,01) on the embedded data, print where to look
 	$(BIN)/moekit tour $(if $(ONLY),--only $(ONLY))
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+drill: $(STAMP)  ## faults while runs train (or SHORT=1, SEED=3, ONLY=kills,bits), print a table
+	$(BIN)/python tests/drill --seed $(or $(SEED),0) $(if $(SHORT),--short) $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

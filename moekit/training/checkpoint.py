@@ -84,6 +84,7 @@ class Checkpoints:
         keep_every: int = 0,
         best: BestCheckpoint | None = None,
     ):
+        hide_repeated_errors()
         path = to_path(folder)
         self.folder = path.absolute() if isinstance(path, Path) else path
         self._policy = retention_policy(keep, keep_every, best)
@@ -362,6 +363,18 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def hide_repeated_errors() -> None:
+    """Leave out the tracebacks that orbax and asyncio log of errors which are raised as well."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_repeated)
+
+
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    is_of_orbax = record.exc_info is not None and "orbax" in record.pathname
+    is_of_task = "exception was never retrieved" in record.getMessage()
+    return not (is_of_orbax or is_of_task)
 
 
 def is_step(name: str) -> bool:
