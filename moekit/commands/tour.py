@@ -1,7 +1,9 @@
 """moekit tour: the notebooks, executed in order, with warnings as errors."""
 
+import asyncio
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from moekit.commands.output import AsJson, print_result
 from moekit.progress import ProgressBar
 
 TIMEOUT = 900  # seconds a cell may take
+AT_ONCE = 2  # notebooks: much of their time goes into tracing and compiling, on one core each
+CONTINUES = {"05": "03", "08": "03"}  # notebooks that start from what another one trained
 # the kernel's own shutdown may warn
 WARNINGS_ARE_ERRORS = """import warnings
 warnings.simplefilter('error')
@@ -30,8 +34,9 @@ def tour(
       only: Prefixes of the notebooks to execute, such as 01 or 00,01,05.
     """
     keep_freed_memory()  # the kernels inherit it
+    start = time.perf_counter()
     rows = execute_notebooks(out, in_place=in_place, only=only)
-    minutes = sum(row["seconds"] for row in rows) / 60
+    minutes = (time.perf_counter() - start) / 60
     text = (
         f"{len(rows)} notebooks ran in {minutes:.1f} minutes.\n"
         f"Executed notebooks: {out}/*.ipynb\nFigures: {out}/figures/*.png"
@@ -60,6 +65,8 @@ def execute_notebooks(
 ) -> list[dict[str, Any]]:
     """Execute every notebook in its small setting; returns name, seconds and cells of each.
 
+    Two run at a time, except with `in_place`.
+
     Args:
       out: folder for the executed notebooks and their figures.
       in_place: store the outputs in notebooks/ as well.
@@ -69,8 +76,6 @@ def execute_notebooks(
       ValueError: a cell failed or warned. The message has notebook, cell and error; `out` has the
         notebook up to that cell.
     """
-    import jupytext
-
     prefixes = tuple(only.split(","))
     sources = [path for path in notebooks() if path.name.startswith(prefixes)]
     if not sources:
@@ -84,24 +89,46 @@ def execute_notebooks(
     # programs that several notebooks, or the next run, compile alike are compiled once
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".jax_cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    rows = []
-    progress = ProgressBar(sources, unit="notebook")
-    for path in progress:
-        progress.set_description(path.stem)
-        start = time.perf_counter()
-        notebook = jupytext.read(path)
-        try:
-            cells = _execute(notebook, path.stem)
-        except ValueError:
-            _write(notebook, out / f"{path.stem}.ipynb")
-            raise
-        seconds = round(time.perf_counter() - start, 1)
+    progress = ProgressBar(total=len(sources), desc="notebooks", unit="notebook")
+    # stored times are those of a notebook that runs alone
+    pool = ThreadPoolExecutor(1 if in_place else AT_ONCE)
+    futures: dict[str, Future[dict[str, Any]]] = {}
+
+    def execute(path: Path) -> dict[str, Any]:
+        former = futures.get(CONTINUES.get(path.name[:2], ""))
+        if former is not None:
+            former.result()
+        row = _execute_one(path, out, in_place)
+        ProgressBar.write(f"{path.stem}: {row['cells']} cells in {row['seconds']} s")
+        progress.update()
+        return row
+
+    for path in sources:
+        futures[path.name[:2]] = pool.submit(execute, path)
+    try:
+        return [future.result() for future in futures.values()]
+    finally:
+        # after a failure no further notebook starts
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+
+
+def _execute_one(path: Path, out: Path, in_place: bool) -> dict[str, Any]:
+    """Execute a notebook and write it; one that fails is written up to the cell that failed."""
+    import jupytext
+
+    start = time.perf_counter()
+    notebook = jupytext.read(path)
+    try:
+        cells = _execute(notebook, path.stem)
+    except ValueError:
         _write(notebook, out / f"{path.stem}.ipynb")
-        if in_place:
-            _write(notebook, path.with_suffix(".ipynb"))
-        rows.append({"notebook": path.stem, "seconds": seconds, "cells": cells})
-        ProgressBar.write(f"{path.stem}: {cells} cells in {seconds} s")
-    return rows
+        raise
+    seconds = round(time.perf_counter() - start, 1)
+    _write(notebook, out / f"{path.stem}.ipynb")
+    if in_place:
+        _write(notebook, path.with_suffix(".ipynb"))
+    return {"notebook": path.stem, "seconds": seconds, "cells": cells}
 
 
 def _execute(notebook: NotebookNode, name: str) -> int:
@@ -117,7 +144,7 @@ def _execute(notebook: NotebookNode, name: str) -> int:
         resources={"metadata": {"path": "."}},
     )
     try:
-        client.execute()
+        asyncio.run(client.async_execute())
     except nbclient.exceptions.CellExecutionError as error:
         problem = f"{error.ename}: {error.evalue}"[:400]
         raise ValueError(f"notebook {name}, cell {_failed_cell(notebook)}: {problem}") from None

@@ -56,3 +56,18 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
     assert execute_notebooks(tmp_path / "out")[0]["cells"] == 1
     written = json.loads((tmp_path / "out/01_bad.ipynb").read_text())
     assert written["cells"][0]["outputs"][0]["text"] == ["1\n"]
+
+
+def test_a_notebook_waits_for_the_one_that_it_continues(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "03_first.py").write_text(
+        "# %%\nimport time, pathlib\ntime.sleep(1)\npathlib.Path('model').touch()\n"
+    )
+    (folder / "05_second.py").write_text("# %%\nimport pathlib\npathlib.Path('model').unlink()\n")
+    names = [row["notebook"] for row in execute_notebooks(tmp_path / "out")]
+    assert names == ["03_first", "05_second"]
+    (folder / "03_first.py").write_text("# %%\nraise ValueError('broken')\n")
+    with pytest.raises(ValueError, match="notebook 03_first, cell 1: ValueError: broken"):
+        execute_notebooks(tmp_path / "out")
