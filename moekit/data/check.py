@@ -2,15 +2,25 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.data.corpora import TEXT_DOMAINS, read_text
 from moekit.data.datasets import Access, copy_task, datasets, find_copies
-from moekit.data.files import KINDS, BadFile, BadRow, data_dir, read_manifest, scan, sha256
+from moekit.data.files import (
+    BadFile,
+    BadRow,
+    data_dir,
+    is_data_file,
+    read_manifest,
+    scan,
+    sha256,
+)
 from moekit.data.instructions import FOLDERS, instruction_tasks
 from moekit.data.niv2 import niv2_tasks
+from moekit.data.paths import file_problem, named_files
 from moekit.data.published import bbh_tasks
 from moekit.data.ready_made import ready_made_copies, ready_made_tasks
 from moekit.data.tasks import Task
@@ -67,14 +77,16 @@ def _check_manifest(root: Path, tell: Tell) -> dict[str, dict]:
     """Sizes and checksums; returns the manifest's entries."""
     manifest = root / "manifest.json"
     try:
-        listed = read_manifest(manifest) if manifest.is_file() else {}
+        listed = read_manifest(manifest) if os.path.lexists(manifest) else {}
     except ValueError as problem:
         tell(manifest, 0, str(problem))
         return {}
     for name, entry in ProgressBar(listed.items(), desc="check files", unit="file", leave=False):
         path = root / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             tell(path, 0, "is in the manifest but missing")
+        elif file_problem(path):
+            tell(path, 0, file_problem(path))
         elif path.stat().st_size != entry["bytes"]:
             tell(path, 0, f"{path.stat().st_size} bytes instead of {entry['bytes']}")
         elif sha256(path) != entry["sha256"]:
@@ -98,13 +110,9 @@ def _check_counts(root: Path, listed: dict[str, dict], tell: Tell) -> dict[Path,
 
 
 def _data_files(root: Path) -> list[Path]:
-    found = []
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        about = path == root / "manifest.json" or path.name == "dataset_infos.json"
-        if path.name.endswith(KINDS) and path.is_file() and not hidden and not about:
-            found.append(path)
-    return found
+    manifest = root / "manifest.json"
+    found = named_files(root, is_data_file)
+    return [path for path in found if path != manifest and path.name != "dataset_infos.json"]
 
 
 def _count(path: Path, tell: Tell) -> int:
@@ -126,6 +134,9 @@ def _loads(root: Path, tell: Tell) -> Iterator[Callable[[], object]]:
         for split in ("train", "valid"):
             yield functools.partial(read_text, root / "text" / part, split, domain, tell)
     for path in sorted(root.glob("templates/**/*.yaml")):
+        if file_problem(path):
+            tell(path, 0, file_problem(path))
+            continue
         yield functools.partial(_check_templates, path, tell)
 
 

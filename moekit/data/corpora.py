@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from moekit.data.own_rows import (
     path_name,
     split_of,
 )
+from moekit.data.paths import require_file
 from moekit.data.text import Corpus, Document
 from moekit.errors import unknown
 from moekit.progress import ProgressBar
@@ -33,6 +35,7 @@ TEXT_DOMAINS = {  # folder under text/: domain label
 }
 LOCAL_NAMES = ("local", "mirror")  # every text of the data folder; "mirror" is its former name
 EVERY = 50  # every 50th document validates
+MAX_TEXT = 1 << 30  # bytes of a text file, which is read whole
 TAIL = 20  # of fewer documents, the last 1/20 of each
 LONG_ENOUGH = 2000  # characters of a document whose tail validates
 MAX_FILE_DOMAINS = 32  # of more files beside each other, the folder is the domain
@@ -205,10 +208,10 @@ def _documents_of_list(texts: Sequence[str | Document]) -> list[Document]:
 
 def _corpus_of_path(path: Path, text: str | None, on_error: str) -> Corpus:
     """The corpus of a file or folder."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no file or folder {path}: correct the path")
     check_on_error(on_error)
-    files = {"train": [path]} if path.is_file() else files_by_split(path, _is_corpus_file)
+    files = files_by_split(path, _is_corpus_file) if path.is_dir() else {"train": [path]}
     splits: dict[str, list[Document]] = {}
     for split, paths in files.items():
         per_folder = Counter(each.parent for each in paths)
@@ -236,6 +239,7 @@ def _domain(root: Path, file: Path, num_beside: int) -> str:
 
 def _documents_of_text(path: Path, domain: str) -> list[Document]:
     """The document of a text file; none of an empty one."""
+    require_file(path, MAX_TEXT)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

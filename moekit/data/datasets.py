@@ -19,7 +19,14 @@ import numpy as np
 from jaxtyping import Int
 
 from moekit.data.columns import Columns
-from moekit.data.files import BadRow, OnError, check_on_error, files_digest, read
+from moekit.data.files import (
+    BadRow,
+    OnError,
+    check_on_error,
+    files_digest,
+    is_data_file,
+    read,
+)
 from moekit.data.hub_files import CONVERTED, HubFiles, download, open_copies
 from moekit.data.tables import Rows, every_twentieth
 from moekit.data.tasks import Example, Task, templates
@@ -62,9 +69,9 @@ class LocalFiles:
     def find(self, root: Path, split: str) -> list[Path]:
         """The files of a split: what the first pattern that matches any gives."""
         for pattern in self.patterns[split]:
-            found = sorted(path for path in root.glob(pattern) if path.is_file())
+            found = [path for path in root.glob(pattern) if is_data_file(path) or not path.is_dir()]
             if found:
-                return found
+                return sorted(found)
         return []
 
 

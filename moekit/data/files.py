@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moekit.data.paths import file_problem
 from moekit.errors import unknown
 
 log = logging.getLogger("moekit")
@@ -42,6 +43,11 @@ class BadFile(ValueError):
     def __init__(self, row: int, problem: str):
         self.row = row
         super().__init__(problem)
+
+    def error(self, name: str | Path) -> ValueError:
+        """The error of a file of that name; row 0 is the file as a whole."""
+        where = f"{name}:{self.row}" if self.row else name
+        return ValueError(f"{where}: {self}")
 
 
 def data_dir(explicit: str | Path | None = None) -> Path:
@@ -93,7 +99,7 @@ def read(
       ValueError: a malformed row (naming file and row), a truncated or unreadable file.
     """
     check_on_error(on_error)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no file {path}: the data folder is incomplete")
     usable, skipped = 0, 0
     ids: set[str] = set()
@@ -109,7 +115,7 @@ def read(
             yield made
     except BadFile as problem:
         if not callable(on_error):
-            raise ValueError(f"{path}:{problem.row}: {problem}") from None
+            raise problem.error(path) from None
         on_error(path, problem.row, str(problem))
         return
     _report_total(path, usable, skipped, on_error)
@@ -182,18 +188,37 @@ def scan(path: Path, columns: Iterable[str] = ()) -> Iterator[tuple[int, Any]]:
     """Every row of a file with its number; in place of a row that cannot be read, a `BadRow`.
 
     Raises:
-      BadFile: nothing after this can be read, or a limit is exceeded.
+      BadFile: it is no file, nothing after this can be read, a limit is exceeded, or the file
+        changed while it was read.
       ValueError: an unknown kind of file.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _json_lines(path)
-    if path.suffix == ".json":
-        return _json_list(path)
-    if path.suffix in (".csv", ".tsv"):
-        return _table_rows(path, tuple(columns))
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise ValueError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}")
+        rows = _json_lines(path)
+    elif path.suffix == ".json":
+        rows = _json_list(path)
+    elif path.suffix in (".csv", ".tsv"):
+        rows = _table_rows(path, tuple(columns))
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    else:
+        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}")
+    return _unchanged(path, rows)
+
+
+def _unchanged(path: Path, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, if nothing writes to it meanwhile."""
+    number = 0
+    problem = file_problem(path)
+    if problem:
+        raise BadFile(number, problem)
+    before = path.stat()
+    for number, row in rows:
+        yield number, row
+    if file_problem(path):
+        raise BadFile(number, "the file vanished while it was read")
+    after = path.stat()
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise BadFile(number, "the file changed while it was read: wait until it is complete")
 
 
 def _open(path: Path) -> io.TextIOWrapper:
@@ -248,6 +273,9 @@ def _parse_json(text: str) -> Any:
 
 
 def _json_file(path: Path) -> Any:
+    problem = file_problem(path)
+    if problem:
+        raise BadRow(problem)
     if path.stat().st_size > MAX_FILE:
         raise BadRow(f"the file is larger than {MAX_FILE:,} bytes")
     return _parse_json(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
@@ -282,6 +310,9 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any
             yield number, BadRow("not UTF-8")
         elif not columns:
             columns = tuple(cells)
+            twice = sorted({name for name in columns if columns.count(name) > 1})
+            if twice:
+                raise BadFile(number, f"column {twice[0]!r} occurs twice: rename one of them")
         elif len(cells) != len(columns):
             yield number, BadRow(f"{len(cells)} columns instead of {len(columns)}")
         else:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekit.data.paths import require_file
+
 log = logging.getLogger("moekit")
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps data sets as parquet files
 TIMEOUT = 10  # seconds that the hub has to answer
@@ -74,6 +76,8 @@ def open_copies(paths: Sequence[Path], split: str = "train", limit: int = 0) -> 
     import datasets
 
     names = [str(path) for path in paths]
+    for path in paths:
+        require_file(path)
     try:
         found = datasets.load_dataset(
             "parquet", data_files={split: names}, split=split, streaming=bool(limit)

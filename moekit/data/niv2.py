@@ -9,6 +9,7 @@ repository does or if it was made from MMLU, and trained on otherwise.
 
 import functools
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +104,9 @@ def _own_definitions(root: Path, on_error: OnError) -> Iterator[Definition]:
     path = root / "niv2/tasks.jsonl.gz"
     schema = {"task": str, "split": str, "definition": str}
     schema |= {"categories?": [str], "domains?": [str], "source?": [str]}
-    return read(path, schema, _own_definition, on_error=on_error) if path.is_file() else iter(())
+    if not os.path.lexists(path):
+        return iter(())
+    return read(path, schema, _own_definition, on_error=on_error)
 
 
 def _own_definition(row: dict, number: int) -> Definition:
@@ -123,7 +126,7 @@ def _own_definition(row: dict, number: int) -> Definition:
 def _own_files(root: Path, task: Definition) -> dict[str, Path]:
     splits = ("test",) if task.held_out else ("train", "valid")
     paths = {split: root / f"niv2/{split}/{task.name}.jsonl.gz" for split in splits}
-    files = {split: path for split, path in paths.items() if path.is_file()}
+    files = {split: path for split, path in paths.items() if os.path.lexists(path)}
     return files if splits[0] in files else {}
 
 

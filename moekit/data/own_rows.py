@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moekit.data.files import KINDS, BadFile, BadRow, is_data_file, scan
+from moekit.data.paths import named_files, require_file
 
 log = logging.getLogger("moekit")
 _SPLIT_NAME = re.compile(
@@ -61,7 +62,7 @@ class RowSource:
                     row = BadRow(f"expected a dict of columns, found {kind} (texts: mk.corpus)")
                 yield number, row
         except BadFile as problem:
-            raise ValueError(f"{self.name}:{problem.row}: {problem}") from None
+            raise problem.error(self.name) from None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def is_path(name: str | Path) -> bool:
 def path_name(path: Path) -> str:
     """The name of a file or folder without its ending."""
     kinds = [kind for kind in KINDS if path.name.endswith(kind)]
-    return path.resolve().name.removesuffix(max(kinds, key=len, default=path.suffix))
+    name = os.path.basename(os.path.realpath(path))
+    return name.removesuffix(max(kinds, key=len, default=path.suffix))
 
 
 def split_of(names: Iterable[str]) -> str:
@@ -151,13 +153,16 @@ def split_of(names: Iterable[str]) -> str:
 def files_by_split(
     folder: Path, is_wanted: Callable[[Path], bool] = is_data_file
 ) -> dict[str, list[Path]]:
-    """The files of a folder and its subfolders by split, all "train" where no name is a split's."""
+    """The files of a folder and its subfolders by split, all "train" where no name is a split's.
+
+    Raises:
+      OSError, ValueError: something is named like a wanted file, but cannot be read as one.
+    """
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in named_files(folder, is_wanted):
+        require_file(path)
         parts = path.relative_to(folder).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if not is_hidden and path.is_file() and is_wanted(path):
-            found.setdefault(split_of(parts), []).append(path)
+        found.setdefault(split_of(parts), []).append(path)
     others = found.pop("", [])
     if others and not found:
         return {"train": others}
@@ -167,9 +172,10 @@ def files_by_split(
 
 
 def _path_splits(path: Path) -> dict[str, list[RowSource]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no file or folder {path}: correct the path")
-    if path.is_file():
+    if not path.is_dir():
+        require_file(path)
         if not is_data_file(path):
             raise ValueError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}")
         return {"train": [file_rows(path)]}

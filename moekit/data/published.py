@@ -2,14 +2,16 @@
 chain-of-thought prompts of MMLU (Chung 2022)."""
 
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moekit.data.datasets import Access, dataset, dataset_task
-from moekit.data.files import OnError, files_digest, read_rows
+from moekit.data.files import MAX_FILE, OnError, files_digest, read_rows
 from moekit.data.niv2 import MAX_LABELS
+from moekit.data.paths import require_file
 from moekit.data.tasks import LETTERS, Example, Task, templates
 
 CUE = "Let's think step by step."
@@ -51,7 +53,7 @@ def _solved(identity: str, text: str) -> Example:
 
 def _prompt_table(path: Path, column: str, on_error: OnError) -> dict[str, str]:
     """Published prompts by the name in a column."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     rows = read_rows(path, {column: str, "prompt": str}, on_error=on_error)
     return {row[column]: row["prompt"] for row in rows}
@@ -82,6 +84,7 @@ def _bbh_prompts(root: Path, on_error: OnError) -> dict[str, str]:
         return found
     for folder in (root / "bbh/cot-prompts", root / "cot-prompts"):
         for path in sorted(folder.glob("*.txt")):
+            require_file(path, MAX_FILE)
             found[path.stem] = path.read_text("utf-8").partition("-----\n")[2]
     return found
 
