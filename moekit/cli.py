@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from moekit.commands.environment import use_cpu_without_accelerator
-from moekit.commands.output import escape
+from moekit.commands.output import escape, print_messages
 from moekit.errors import unknown
 
 VERBS = {
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
       Ctrl-C, SIGTERM or SIGHUP interrupted it.
     """
     use_cpu_without_accelerator()
+    print_messages()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as interrupt:

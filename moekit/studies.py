@@ -25,6 +25,7 @@ from moekit.analysis.balance import balance_table, expert_load
 from moekit.analysis.recorded import draw_study
 from moekit.analysis.specialization import domain_specialization
 from moekit.analysis.trace import RouterTrace, text_prompts, trace_routing
+from moekit.checks import bad_field, check_integers
 from moekit.config import ModelConfig, TrainConfig
 from moekit.data.batch import unigram_entropy
 from moekit.data.corpora import corpus as open_corpus
@@ -32,6 +33,7 @@ from moekit.data.files import data_dir
 from moekit.data.flan import flan_mixture
 from moekit.data.loader import batches
 from moekit.data.mixture import Mixture, PromptFormats
+from moekit.data.paths import require_file_name
 from moekit.data.suites import suite
 from moekit.data.tasks import Task
 from moekit.data.text import Corpus
@@ -76,7 +78,8 @@ class StudyConfig:
       workdir: Folder for tokenizer and checkpoints.
 
     Raises:
-      ValueError: an unknown source, size or family.
+      ValueError: an unknown source, size or family, a number below 1, or a name that is no file
+        name.
     """
 
     source: str = "builtin"
@@ -101,6 +104,13 @@ class StudyConfig:
             raise unknown("source", self.source, SOURCES)
         if self.size not in VOCAB_SIZES:
             raise unknown("size", self.size, VOCAB_SIZES)
+        sizes = ("pretrain_steps", "tune_steps", "batch_tokens", "input_length", "target_length")
+        check_integers(self, "StudyConfig", 1, sizes)
+        if min(self.limits) < 1:
+            raise bad_field(self, "StudyConfig", "limits", "use 1 or more")
+        require_file_name(self.title, "the study's name")
+        if not self.families:
+            raise ValueError("StudyConfig: there are no families; use some such as t5 and st")
         for family in self.families:
             preset(f"{family}-{self.size}")
 

@@ -1,7 +1,6 @@
 """Figures of recorded results: studies and evaluations, read from their JSON files."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from moekit.analysis import plots
 from moekit.analysis.specialization import Specialization
+from moekit.data.paths import require_file, require_file_name
 from moekit.training.metrics import Metrics
 
 # of the recorded pretraining over seeds
@@ -26,7 +26,9 @@ PRETRAINED_MODELS = {
     "wide": "dense with all experts' parameters",
 }
 LOSS = "validation loss (nats a target token)"
-DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+DAMAGED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+SHARES = ("score", "low", "high", "chance", "majority")
+MAX_BYTES = 64 << 20  # of a record
 
 
 def figures(
@@ -36,10 +38,12 @@ def figures(
 
     Raises:
       FileNotFoundError: the folder has no results.
-      ValueError: a file is not a record, or a damaged one; the message names it.
+      ValueError: a file is not a record, a damaged one, or one of more than 64 MiB; the message
+        names it.
     """
     paths: list[Path] = []
     for path in sorted(Path(results).glob("*.json")):
+        require_file(path, MAX_BYTES)
         try:
             record = json.loads(path.read_text())
             if record["kind"] == "study":
@@ -62,10 +66,22 @@ def figures(
 
 def draw_evaluation(record: dict[str, Any], name: str, folder: Path) -> Path:
     """Draw the scores that `moekit eval --out` recorded; returns the file."""
+    if not isinstance(record["model"], str) or not record["suites"]:
+        raise ValueError("it has no model's name, or no suites")
+    _check_scores(record["suites"])
     average = record["normalised_average"]["score"]
     title = f"{record['model']}, normalised average {average:.1%}"
     figure = plots.plot_scores({record["model"]: record["suites"]}, title)
     return plots.save_figure(figure, folder / f"{name}-scores.png")
+
+
+def _check_scores(suites: list[dict[str, Any]]) -> None:
+    """Check that the scores of a record are shares."""
+    for suite in suites:
+        for row in (suite["mean"], *suite["tasks"]):
+            for name in SHARES:
+                if not 0 <= row[name] <= 1:
+                    raise ValueError(f"{name} of {row['task']!r} is {row[name]}, not a share")
 
 
 def seed_losses(record: dict[str, Any], step: int) -> dict[str, list[float]]:
@@ -95,8 +111,7 @@ def plot_recorded_seeds(record: dict[str, Any], step: int) -> Figure:
 def draw_study(results: dict[str, Any], name: str, folder: Path) -> list[Path]:
     """Draw everything that a study recorded; returns the files, whose names begin with `name`."""
     for family in results["models"]:
-        if not re.fullmatch(r"[\w.-]+", family):
-            raise ValueError(f"the model name {family!r} cannot be part of a file's name")
+        require_file_name(family, "the model name")
     prefix = str(folder / name)
     paths = [
         plots.save_figure(_pretraining(results), f"{prefix}-pretraining.png"),
@@ -135,6 +150,7 @@ def _scores(results: dict[str, Any]) -> Figure:
     groups = {}
     for stage in ("before", "after"):
         for model in results["models"].values():
+            _check_scores(model[stage])
             groups[f"{model['config']['name']}, {stage} tuning"] = model[stage]
     return plots.plot_scores(groups, "Zero-shot, before and after instruction tuning")
 

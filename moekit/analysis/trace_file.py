@@ -15,6 +15,8 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import DTypeLike
 
+from moekit.data.paths import require_file
+
 FORMAT = 1
 MAX_BYTES = 400_000_000  # of all arrays, uncompressed: about 2.5 million tokens in 12 layers
 STACKS = ("encoder", "decoder")
@@ -80,6 +82,7 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
       ValueError: the file is something else, is damaged, has another format, or its arrays would
         take more than `MAX_BYTES` of memory (their sizes are read first).
     """
+    require_file(Path(path))
     try:
         size = _uncompressed_size(path)
         if size > MAX_BYTES:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moekit.commands.environment import keep_compiled_programs
-from moekit.commands.flags import require_at_least, require_seed
+from moekit.commands.flags import require_at_least, require_seed, require_share
 from moekit.commands.generate import StopFlag
 from moekit.commands.output import AsJson, escape
 from moekit.commands.routers import checkpoint_router
@@ -40,6 +40,7 @@ def chat(
     """
     require_at_least(1, max_new_tokens=max_new_tokens)
     require_at_least(0, temperature=temperature, top_k=top_k)
+    require_share(top_p=top_p)
     require_seed(seed)
     keep_compiled_programs()
     import moekit as mk

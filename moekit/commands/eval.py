@@ -6,7 +6,7 @@ from typing import Any
 
 from moekit.commands.environment import keep_compiled_programs
 from moekit.commands.flags import names, one_or_several, require_at_least, require_seed
-from moekit.commands.output import AsJson, print_result
+from moekit.commands.output import AsJson, prepare_file, print_result
 from moekit.commands.routers import checkpoint_router
 
 
@@ -52,6 +52,7 @@ def evaluate(
     require_at_least(0, shots=shots)
     require_at_least(1, limit=limit)
     require_seed(seed)
+    prepare_file(out)
     keep_compiled_programs()
     if harness:
         result, text = _run_harness(checkpoint, router, harness, shots, limit)
@@ -79,7 +80,6 @@ def evaluate(
         tables = [scores.table() for scores in results]
         text = "\n\n".join([*tables, str(mk.normalised_average(results))])
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json_format.dumps(result, indent=1, default=str) + "\n")
     print_result(result, text, json)
     return 0

@@ -45,6 +45,18 @@ def require_at_least(minimum: int, **flags: int | float | None) -> None:
             raise ValueError(f"--{flag} is {value}; use {minimum} or more")
 
 
+def require_share(**flags: float | None) -> None:
+    """Check shares; None is a flag that was not given.
+
+    Raises:
+      ValueError: a number is not above 0 and at most 1.
+    """
+    for name, value in flags.items():
+        if value is not None and not 0 < value <= 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; use a number above 0, at most 1")
+
+
 def require_seed(seed: int) -> None:
     """Check a seed, which numpy and jax both have to accept.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from moekit.commands.environment import keep_compiled_programs
-from moekit.commands.flags import require_at_least, require_seed
+from moekit.commands.flags import require_at_least, require_seed, require_share
 from moekit.commands.output import AsJson, print_result
 from moekit.commands.routers import checkpoint_router
 
@@ -52,6 +52,7 @@ def generate(
     """
     require_at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
     require_at_least(0, temperature=temperature, top_k=top_k)
+    require_share(top_p=top_p)
     require_seed(seed)
     prompts = list(texts) or _lines()
     keep_compiled_programs()

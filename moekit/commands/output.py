@@ -1,8 +1,12 @@
 """How every verb prints its result: as text for a terminal, or as JSON."""
 
 import json as json_format
+import logging
+import os
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -25,6 +29,62 @@ def escape(text: str) -> str:
             character = character.encode("unicode_escape").decode()
         shown.append(character)
     return "".join(shown)
+
+
+class EscapedMessages(logging.Handler):
+    """Writes messages to stderr with what a terminal would interpret escaped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(escape(self.format(record)), file=sys.stderr)
+
+
+def print_messages() -> None:
+    """Write the messages of all libraries to stderr, escaped and without what is said twice.
+
+    The handler is that of messages for which an application has set up no other.
+    """
+    if isinstance(logging.lastResort, EscapedMessages):
+        return
+    logging.lastResort = EscapedMessages(logging.WARNING)
+    logging.getLogger("asyncio").addFilter(_is_no_traceback)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if not _is_of_another_array(unraisable):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """tensorstore's reads that fail are errors of ours; asyncio logs each of them again."""
+    return not record.exc_info
+
+
+def _is_of_another_array(unraisable: Any) -> bool:
+    """Whether orbax was reading or writing an array when it gave up because of another one."""
+    if str(unraisable.exc_value) == "Event loop is closed":  # of a thread of tensorstore
+        return True
+    code = getattr(unraisable.object, "cr_code", None)
+    return code is not None and "orbax" in code.co_filename
+
+
+def prepare_file(path: Path | None) -> None:
+    """Create the folder of a file that is written at the end of long work.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}: choose another folder") from None
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: the folder is read-only: choose another one")
 
 
 def print_result(result: object, text: str, json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from moekit.commands.output import AsJson, print_result
+from moekit.commands.output import AsJson, prepare_file, print_result
 from moekit.table import Table
 from moekit.train_config import TrainConfig
 from moekit.training.metrics import Metrics
@@ -87,6 +87,7 @@ def compare(
         raise ValueError("a run is named twice: name each run once")
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out is {out}: name a .png or .svg file")
+    prepare_file(out)
     settings = {str(run): flatten(_settings(run)) for run in runs}
     metrics = {str(run): _metrics(run, key) for run in runs}
     from moekit.analysis.plots.results import plot_learning_curves
@@ -118,6 +119,9 @@ def _metrics(run: Path, key: str) -> Metrics:
     if key not in logged:
         known = ", ".join(sorted(logged)) or "nothing"
         raise ValueError(f"{run} did not log {key!r}, only {known}: choose another --key")
+    _, values = metrics[key]
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"{run} logged {key!r} that is no number: choose another --key")
     return metrics
 
 

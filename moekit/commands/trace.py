@@ -7,8 +7,9 @@ from moekit.analysis.trace import as_prompts
 from moekit.commands.data_flags import named_data, own_tasks
 from moekit.commands.environment import keep_compiled_programs
 from moekit.commands.flags import require_at_least
-from moekit.commands.output import AsJson, print_result
+from moekit.commands.output import AsJson, prepare_file, print_result
 from moekit.commands.routers import checkpoint_router
+from moekit.data.paths import require_file_name
 
 
 def trace(
@@ -59,13 +60,16 @@ def trace(
         raise ValueError("--task, --mixture and --corpus are traced one at a time: leave one")
     tasks = own_tasks(task, input, target, options, on_error)
     data = named_data(tasks, mixture, source, "", corpus, on_error)
+    prepare_file(out)
     model = mk.load(checkpoint, router=checkpoint_router(router))
+    if figures:
+        require_file_name(model.cfg.name, "the model's name")
+        figures.mkdir(parents=True, exist_ok=True)
     prompts = as_prompts(data, limit)
     found = mk.trace_routing(model, prompts)
     balance = mk.balance_table(found)
     lines = [str(balance)]
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
         lines.append(f"trace: {out}")
     if figures:

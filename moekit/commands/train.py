@@ -99,9 +99,13 @@ def train(
         model = mk.EncoderDecoder(cfg, seed=config.seed, mesh=devices)
     run = mk.train(model, data, config, workdir=workdir)
     if distributed.is_first():
-        last = [row for row in run.metrics.rows if "loss" in row][-1]
-        text = f"step {last['step']}: loss {last['loss']:.4f}; checkpoints in {workdir}"
-        print_result({"workdir": str(workdir), **last}, text, json)
+        rows = [row for row in run.metrics.rows if "loss" in row]
+        result = {"workdir": str(workdir)}
+        text = f"the run in {workdir} is finished; its log has no losses"
+        if rows:
+            result |= rows[-1]
+            text = f"step {result['step']}: loss {result['loss']:.4f}; checkpoints in {workdir}"
+        print_result(result, text, json)
     return 0
 
 

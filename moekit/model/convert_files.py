@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from moekit.data.paths import require_file
 from moekit.model.convert_torch import TorchFile
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in safetensors
+MAX_JSON = 64 << 20  # bytes
 COMPARED_BYTES = 2**24  # of each of two tensors at once
 SHOWN = 8  # names in an error message
 
@@ -187,10 +189,11 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if it holds none."""
+    """The object in a JSON file; ValueError if it holds none or has more than 64 MiB."""
+    require_file(path, MAX_JSON)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a JSON file ({error}): copy or download it again"
         ) from None

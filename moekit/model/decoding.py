@@ -270,6 +270,9 @@ def generate(
         length_penalty=length_penalty,
         length_normalization=length_normalization,
     )
+    vocab_size = model.cfg.vocab_size
+    if generation.num_beams > vocab_size:
+        raise ValueError(f"num_beams is {generation.num_beams}; use at most {vocab_size} (tokens)")
     settings = _Settings(generation, seed, batch_size)
     stops = stop_texts(stop)
     single = isinstance(texts, str)

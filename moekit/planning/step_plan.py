@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moekit.data.paths import require_file
 from moekit.table import Table
 
+MAX_BYTES = 16 << 20  # of a recorded plan
 NO_ESTIMATE = "none: the compiler stopped where memory ran out"
 ESTIMATE = (
     "an estimate, not a measurement: the low bound assumes that communication fully overlaps with "
@@ -61,8 +63,17 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """A plan recorded by `moekit plan --json`."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """A plan recorded by `moekit plan --json`.
+
+        Raises:
+          ValueError: the file is something else; the message names it.
+        """
+        require_file(Path(path), MAX_BYTES)
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a plan of `moekit plan --json` ({reason})") from None
 
     def plot(self) -> Any:
         """Memory by kind beside the chip's limit, step time by kind, bytes sent by collective."""

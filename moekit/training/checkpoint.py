@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moekit.data.paths import require_file
 from moekit.distributed import allgather_objects, run_on_first
 from moekit.training.manifest import (
     add_manifest,
@@ -30,6 +31,14 @@ METADATA = "meta"  # the name of the JSON item
 METADATA_FILE = "metadata"  # its file, as orbax names it
 Folder = Path | epath.Path  # epath for gs://
 logger = logging.getLogger(__name__)
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs what it raises as well: hundreds of lines beside the one of our error."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
 
 
 class DamagedCheckpoint(ValueError):
@@ -125,6 +134,7 @@ class Checkpoints:
 
         def read() -> dict[str, Any]:
             path = self.folder / str(step) / METADATA / METADATA_FILE
+            require_files(path.parent)
             metadata = json.loads(path.read_text())
             check_metadata(metadata, step)
             return metadata
@@ -395,6 +405,7 @@ def _save_handlers() -> Any:
 def restore_arrays(path: Folder, abstract: Any) -> Any:
     """The arrays of one item. Buffers of those that are being read hold a tenth of the item, or its
     largest array."""
+    require_files(path)
     largest = max(count_bytes(leaf) for leaf in jax.tree.leaves(abstract))
     buffer_bytes = max(1.1 * largest, 0.1 * count_bytes(abstract)) + 2**20
     # without a Checkpointer, which waits for the other processes also where one of them failed
@@ -403,6 +414,18 @@ def restore_arrays(path: Folder, abstract: Any) -> Any:
         return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(abstract))
     finally:
         handler.close()
+
+
+def require_files(folder: Folder) -> None:
+    """Check that nothing in a local folder is a named pipe or a device, which orbax would open.
+
+    Raises:
+      OSError, ValueError: something is neither a file nor a folder.
+    """
+    if isinstance(folder, Path):
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                require_file(path)
 
 
 def first_line(error: BaseException) -> str:

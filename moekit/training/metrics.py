@@ -1,5 +1,6 @@
 """The log of a run: rows of numbers, one JSON line each, and a figure of them."""
 
+import functools
 import json
 import logging
 import math
@@ -7,11 +8,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit.checks import MAX_INTEGER
+from moekit.data.paths import require_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LOG = "metrics.jsonl"
+MAX_LINE = 1 << 20  # bytes of a row
 LOSSES = ("loss", "valid_loss")
 # what a panel of the figure shows: its label with units, and keys of rows
 PANELS = {
@@ -144,8 +149,11 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows of a log, and the numbers of its lines that are none, from 1."""
     rows = []
     broken = []
+    require_file(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        # the rest of a line that is longer counts as a broken line as well
+        lines = iter(functools.partial(file.readline, MAX_LINE), b"")
+        for number, line in enumerate(lines, 1):
             row = _parse_row(line)
             if row is None:
                 broken.append(number)
@@ -162,8 +170,10 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    for key in LOSSES:
-        if not isinstance(row.get(key, 0.0), int | float):
+    for key in ("step", *LOSSES):
+        value = row.get(key, 0.0)
+        # JSON has integers of any size
+        if not isinstance(value, int | float) or (type(value) is int and abs(value) > MAX_INTEGER):
             return None
     return row
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekit.data.paths import require_file
 from moekit.installed import installed_versions
 from moekit.training.metrics import LOG, Metrics, read_rows
 from moekit.training.run_lock import read_writer
@@ -25,6 +26,7 @@ from moekit.training.run_lock import read_writer
 CONFIG = "config.json"
 ENVIRONMENT = "environment.jsonl"
 CHECKPOINTS = "checkpoints"
+MAX_SETTINGS = 16 << 20  # bytes of a configuration
 MAX_DEPTH = 3  # of folders within the one in which runs are looked for
 
 
@@ -171,6 +173,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         paths.append(_metadata_path(folder, step))
     for path in paths:
         try:
+            require_file(path, MAX_SETTINGS)
             found = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError):
             continue
@@ -183,9 +186,9 @@ def _is_settings(values: Any) -> bool:
     if not isinstance(values, dict):
         return False
     model, train = values.get("model"), values.get("train")
-    return (
-        isinstance(model, dict) and isinstance(train, dict) and isinstance(train.get("steps"), int)
-    )
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        return False
+    return isinstance(model.get("name", ""), str) and isinstance(train.get("steps"), int)
 
 
 def _metadata_path(folder: Path, step: int) -> Path:

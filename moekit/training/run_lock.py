@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from moekit.data.paths import require_file
+
 if sys.platform != "win32":
     import fcntl
 
 LOCK = "run.lock"
+MAX_BYTES = 2**16  # of a lock file
 HEARTBEAT_SECONDS = 60
 STALE_SECONDS = 600  # without a heartbeat, for a process that cannot be looked up
 logger = logging.getLogger(__name__)
@@ -179,9 +182,10 @@ def read_writer(folder: Path) -> Writer | None:
     """The process that the lock of a folder names, if it is alive."""
     path = folder / LOCK
     try:
+        require_file(path, MAX_BYTES)
         writer = Writer.read(path.read_text())
         age = time.time() - path.stat().st_mtime
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return None
     return writer if writer is not None and writer.is_alive(age) else None
 

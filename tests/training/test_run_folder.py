@@ -1,6 +1,7 @@
 """What a run's folder shows: summaries of runs in every state, and their environment."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,23 @@ def lose_settings(run):
     (run / "checkpoints/2/meta/metadata").write_text("[]")
 
 
+def huge_numbers(run):
+    path = run / "metrics.jsonl"
+    nines = "9" * 400
+    path.write_text(f'{{"step": {nines}}}\n{{"step": 1, "loss": {nines}}}\n' + path.read_text())
+
+
+def name_without_letters(run):
+    for path in (run / "config.json", run / "checkpoints/2/meta/metadata"):
+        path.write_text('{"model": {"name": 3}, "train": {"steps": 2}}')
+
+
+def pipe_for_settings(run):
+    lose_settings(run)
+    (run / "config.json").unlink()
+    os.mkfifo(run / "config.json")
+
+
 def lose_metadata(run):
     (run / "checkpoints/3").mkdir()
 
@@ -78,7 +96,10 @@ def lose_metadata(run):
     ("damage", "problem"),
     [
         (cut_log, "line 1 of metrics.jsonl is broken"),
+        (huge_numbers, "line 1, 2 of metrics.jsonl is broken"),
         (lose_settings, "its configuration cannot be read"),
+        (name_without_letters, "its configuration cannot be read"),
+        (pipe_for_settings, "its configuration cannot be read"),
         (lose_metadata, "checkpoint 3 is incomplete"),
     ],
 )
