@@ -1,5 +1,6 @@
 """The log of a run: rows of numbers, one JSON line each, and a figure of them."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -45,13 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Rows with a step; kept in memory and, with a path, appended to a JSON-lines file."""
+    """Rows with a step; kept in memory and, with a path, appended to a JSON-lines file.
+
+    Rows that cannot be written (a full disk) are warned of and written with the next row.
+    """
 
     def __init__(
         self, path: str | Path | None = None, rows: list[dict[str, Any]] | None = None
     ) -> None:
         self.path = Path(path) if path else None
         self.rows = list(rows or [])
+        self._unwritten: list[dict[str, Any]] = []
 
     @classmethod
     def load(cls, path: str | Path) -> "Metrics":
@@ -65,12 +70,26 @@ class Metrics:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row, which has at least a step."""
         self.rows.append(row)
-        if self.path:
-            with self.path.open("ab") as file:
-                line = json.dumps(row) + "\n"
-                if _ends_within_a_line(self.path):
-                    line = "\n" + line
-                file.write(line.encode())
+        if self.path is None:
+            return
+        self._unwritten.append(row)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            self._write_rows()
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                logger.warning("%s cannot be written (%s): trying again", self.path, error.strerror)
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # a part of a row
+        else:
+            self._unwritten = []
+
+    def _write_rows(self) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self._unwritten)
+        with self.path.open("ab") as file:
+            if _ends_within_a_line(self.path):
+                text = "\n" + text
+            file.write(text.encode())
 
     def keep_until(self, step: int) -> None:
         """Remove the rows after a step, as if the run had stopped there."""
@@ -79,6 +98,7 @@ class Metrics:
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             partial.replace(self.path)
+            self._unwritten = []
 
     def __getitem__(self, key: str) -> tuple[list[int], list[Any]]:
         """(steps, values) of the rows that have the key."""

@@ -1,5 +1,6 @@
 """The log of a run."""
 
+import errno
 import json
 import logging
 
@@ -60,3 +61,22 @@ def test_every_logged_panel_is_drawn(path):
         "score",
     ]
     assert drawn[2].lines[0].get_label() == "exact_match"
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(path, caplog, monkeypatch):
+    def write_a_part(metrics):
+        with metrics.path.open("ab") as file:
+            file.write(b'{"step": 4, "lo')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics = Metrics.load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "_write_rows", write_a_part)
+        metrics.add({"step": 4, "loss": 0.5})
+        metrics.add({"step": 5, "loss": 0.4})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left on device" in caplog.text and str(path) in caplog.text
+    assert Metrics.load(path).rows == ROWS
+    metrics.add({"step": 6, "loss": 0.3})
+    assert Metrics.load(path).rows == metrics.rows
+    assert [row["step"] for row in metrics.rows] == [1, 2, 3, 4, 5, 6]
