@@ -61,7 +61,16 @@ def test_every_flag_of_every_verb_has_a_help_text(verb, capsys, monkeypatch):
     assert not without
     for flag in inspect.signature(dict(functions())[verb]).parameters:
         name = flag.replace("_", "-")
-        positional = ("folder", "sources", "source", "preset", "texts", "dense", "destination")
+        positional = (
+            "folder",
+            "sources",
+            "source",
+            "preset",
+            "texts",
+            "dense",
+            "destination",
+            "runs",
+        )
         renamed = ("config", "settings")
         assert flag in positional + renamed or f"--{name}" in " ".join(texts)
 

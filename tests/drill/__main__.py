@@ -7,6 +7,7 @@ Returns 1 if a run was not recovered or refused as designed.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -86,6 +87,9 @@ def record(fault: str, cause: Cause, *arguments: Any) -> Record:
 
 def main() -> int:
     arguments = parse_arguments()
+    # in the background, or under nohup, the runs would inherit that these are ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     drill = Drill(Path(FOLDER), arguments.seed, arguments.short)
     print(f"seed {drill.seed}, everything is written to {drill.folder}", flush=True)
     write_text(drill.text)
