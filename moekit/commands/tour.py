@@ -16,7 +16,8 @@ from moekit.progress import ProgressBar
 
 TIMEOUT = 900  # seconds a cell may take
 AT_ONCE = 2  # notebooks: much of their time goes into tracing and compiling, on one core each
-CONTINUES = {"05": "03", "08": "03"}  # notebooks that start from what another one trained
+# notebooks that start from what others trained
+CONTINUES = {"05": ("03",), "08": ("03", "05")}
 # the kernel's own shutdown may warn
 WARNINGS_ARE_ERRORS = """import warnings
 warnings.simplefilter('error')
@@ -95,9 +96,9 @@ def execute_notebooks(
     futures: dict[str, Future[dict[str, Any]]] = {}
 
     def execute(path: Path) -> dict[str, Any]:
-        former = futures.get(CONTINUES.get(path.name[:2], ""))
-        if former is not None:
-            former.result()
+        for number in CONTINUES.get(path.name[:2], ()):
+            if number in futures:
+                futures[number].result()
         row = _execute_one(path, out, in_place)
         ProgressBar.write(f"{path.stem}: {row['cells']} cells in {row['seconds']} s")
         progress.update()
