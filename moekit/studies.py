@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from moekit.evaluation.scores import Scores
 from moekit.model.transformer import EncoderDecoder, with_config
 from moekit.presets import preset
 from moekit.training.loop import Run, train
+from moekit.training.run_folder import git_commit
 from moekit.training.trainer import Callback, OnLog
 
 SOURCES = ("builtin", "local")
@@ -505,20 +505,10 @@ def _record_routing(setup: StudySetup, model: EncoderDecoder, stage: str) -> dic
 def environment() -> dict[str, str]:
     """What a result depends on besides data and configuration."""
     device = jax.devices()[0]
-    try:
-        commit = subprocess.run(
-            # "-dirty" marks a working tree with changes
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
         "platform": device.platform,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "commit": commit,
+        "commit": git_commit() or "unknown",
     }

@@ -174,3 +174,12 @@ class TrainConfig:
         values = dict(values)
         values["freeze"] = tuple(values.get("freeze", ()))
         return cls().replace(**values)
+
+
+def train_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings of a run; those that its version did not have are at their default.
+
+    Args:
+      settings: of the run, as its config.json and its checkpoints hold them.
+    """
+    return TrainConfig().to_dict() | settings["train"]

@@ -11,7 +11,7 @@ import tyro
 
 from moekit.commands.output import AsJson, prepare_file, print_result
 from moekit.table import Table
-from moekit.train_config import TrainConfig
+from moekit.train_config import train_settings
 from moekit.training.metrics import Metrics
 from moekit.training.run_folder import (
     RunSummary,
@@ -127,10 +127,8 @@ def _metrics(run: Path, key: str) -> Metrics:
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their names: those of the model and of training as model.NAME and train.NAME."""
-    # settings that a run's version did not have are at their defaults
-    train = TrainConfig().to_dict() | settings["train"]
     flat = {f"model.{name}": value for name, value in settings["model"].items()}
-    flat |= {f"train.{name}": value for name, value in train.items()}
+    flat |= {f"train.{name}": value for name, value in train_settings(settings).items()}
     for name in ("source", "tokenizer"):
         flat[f"{name} digest"] = settings.get(name)
     return flat

@@ -112,7 +112,7 @@ class BatchLayout:
 class Stream:
     """An iterator over this process's rows of the batches, which resumes exactly; see `batches`.
 
-    While it waits for data, it calls `on_wait` about every second with the seconds waited.
+    While it waits for data, it calls `on_wait` every half second with the seconds waited.
     """
 
     on_wait: OnWait
@@ -262,7 +262,7 @@ class _ReadAhead:
                 return
 
     def next(self, on_wait: OnWait) -> _Part | None:
-        """The next element; None after the last one. `on_wait` is called about every second."""
+        """The next element; None after the last one. `on_wait` is called every half second."""
         start = time.monotonic()
         while True:
             try:

@@ -32,6 +32,7 @@ from moekit.model.convert_tokenizer import (
     check_tokenizer,
     copy_tokenizer,
     tokenizer_of,
+    with_byte_pieces,
     write_byte_pieces,
 )
 from moekit.model.convert_write import SafetensorsWriter, new_folder
@@ -204,7 +205,7 @@ def export(path: str | Path, model: EncoderDecoder) -> None:
     variables = dict(nnx.to_flat_state(nnx.state(model)))
     parts = layouts({names: variable.shape for names, variable in variables.items()}, cfg)
     check_tokenizer(cfg.tokenizer)
-    write_byte_pieces(cfg.tokenizer, None)
+    byte_pieces = with_byte_pieces(cfg.tokenizer)
     shapes: dict[str, Shape] = {}
     for part in parts.values():
         for _, name in _tensors_to_write(part, values):
@@ -222,7 +223,8 @@ def export(path: str | Path, model: EncoderDecoder) -> None:
         if writer is not None:
             writer.close()
             copy_tokenizer(cfg.tokenizer, folder)
-            write_byte_pieces(cfg.tokenizer, folder)
+            if byte_pieces is not None:
+                write_byte_pieces(byte_pieces, folder)
             _write_json(folder / "config.json", values)
             _write_json(folder / GENERATION, generation_to_transformers(cfg.generation))
 

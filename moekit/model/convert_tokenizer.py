@@ -67,22 +67,19 @@ def copy_tokenizer(tokenizer: str | None, folder: Path) -> str | None:
     return str(folder / path.name)
 
 
-def write_byte_pieces(tokenizer: str | None, folder: Path | None) -> None:
-    """Write a SentencePiece model with byte pieces as transformers reads it, which ignores these
-    pieces in a spiece.model.
-
-    Args:
-      folder: None only checks.
+def with_byte_pieces(tokenizer: str | None) -> "tokenizers.Tokenizer | None":
+    """A SentencePiece model with byte pieces as transformers reads it, which ignores these pieces
+    in a spiece.model; None for every other tokenizer.
 
     Raises:
       ValueError: transformers would encode texts differently.
     """
     if tokenizer in (None, "byte"):
-        return
+        return None
     ours = load_tokenizer(tokenizer)
     if not isinstance(ours, SentencePieceTokenizer) or not ours.has_byte_pieces:
-        return
-    theirs = _with_byte_pieces(ours)
+        return None
+    theirs = _unigram_with_byte_pieces(ours)
     if theirs.encode(EXAMPLE, add_special_tokens=False).ids != ours.encode(EXAMPLE):
         raise ValueError(
             f"{tokenizer} cannot be exported: transformers would give texts other ids, as it has "
@@ -90,12 +87,16 @@ def write_byte_pieces(tokenizer: str | None, folder: Path | None) -> None:
             "normalization than those of mk.train_sentencepiece); export the model without its "
             "tokenizer: mk.with_config(model, tokenizer=None)"
         )
-    if folder is not None:
-        theirs.save(str(folder / TOKENIZERS))
-        _write_settings(folder, "PreTrainedTokenizerFast")
+    return theirs
 
 
-def _with_byte_pieces(ours: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
+def write_byte_pieces(theirs: "tokenizers.Tokenizer", folder: Path) -> None:
+    """Write the result of `with_byte_pieces`, which transformers prefers to a spiece.model."""
+    theirs.save(str(folder / TOKENIZERS))
+    _write_settings(folder, "PreTrainedTokenizerFast")
+
+
+def _unigram_with_byte_pieces(ours: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
     """A model of `train_sentencepiece`: every line begins with a space of its own."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers.processors import TemplateProcessing

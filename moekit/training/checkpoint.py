@@ -17,6 +17,7 @@ from etils import epath
 
 from moekit.data.paths import require_file
 from moekit.distributed import allgather_objects, run_on_first
+from moekit.training.layout import METADATA, METADATA_FILE, is_step
 from moekit.training.manifest import (
     add_manifest,
     check_arrays,
@@ -27,18 +28,8 @@ from moekit.training.manifest import (
 )
 from moekit.training.retention import BestCheckpoint, retention_policy
 
-METADATA = "meta"  # the name of the JSON item
-METADATA_FILE = "metadata"  # its file, as orbax names it
 Folder = Path | epath.Path  # epath for gs://
 logger = logging.getLogger(__name__)
-
-
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs what it raises as well: hundreds of lines beside the one of our error."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
 
 
 class DamagedCheckpoint(ValueError):
@@ -376,7 +367,7 @@ class Checkpoints:
 
 
 def hide_repeated_errors() -> None:
-    """Leave out the tracebacks that orbax and asyncio log of errors which are raised as well."""
+    """Leave out what orbax and asyncio log, in many lines, of errors that are raised as well."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_repeated)
 
@@ -385,11 +376,6 @@ def _is_not_repeated(record: logging.LogRecord) -> bool:
     is_of_orbax = record.exc_info is not None and "orbax" in record.pathname
     is_of_task = "exception was never retrieved" in record.getMessage()
     return not (is_of_orbax or is_of_task)
-
-
-def is_step(name: str) -> bool:
-    """Whether a file is named like a checkpoint."""
-    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _save_handlers() -> Any:

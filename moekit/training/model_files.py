@@ -20,10 +20,10 @@ from moekit.training.checkpoint import (
     DamagedCheckpoint,
     Folder,
     describe_differences,
-    is_step,
     to_json,
     to_path,
 )
+from moekit.training.layout import CHECKPOINTS, is_step
 from moekit.training.state import abstract_model
 
 
@@ -64,7 +64,7 @@ def save_whole(path: str | Path, model: EncoderDecoder) -> None:
 
 def _checkpoint_folder(path: Folder) -> Folder:
     """The folder itself, or that of the checkpoints in a run's workdir."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
 
 
 def is_native_folder(path: Folder) -> bool:

@@ -20,12 +20,12 @@ from typing import Any
 
 from moekit.data.paths import require_file
 from moekit.installed import installed_versions
+from moekit.training.layout import CHECKPOINTS, METADATA, METADATA_FILE, is_step
 from moekit.training.metrics import LOG, Metrics, read_rows
 from moekit.training.run_lock import read_writer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.jsonl"
-CHECKPOINTS = "checkpoints"
 MAX_SETTINGS = 16 << 20  # bytes of a configuration
 MAX_DEPTH = 3  # of folders within the one in which runs are looked for
 
@@ -192,7 +192,7 @@ def _is_settings(values: Any) -> bool:
 
 
 def _metadata_path(folder: Path, step: int) -> Path:
-    return folder / CHECKPOINTS / str(step) / "meta" / "metadata"
+    return folder / CHECKPOINTS / str(step) / METADATA / METADATA_FILE
 
 
 def _checkpoint_steps(folder: Path) -> Iterator[int]:
@@ -200,7 +200,7 @@ def _checkpoint_steps(folder: Path) -> Iterator[int]:
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir():
         for path in checkpoints.iterdir():
-            if path.name.isdecimal() and path.is_dir():
+            if is_step(path.name) and path.is_dir():
                 yield int(path.name)
 
 

@@ -12,7 +12,7 @@ from moekit.data.tokenizer import Tokenizer
 from moekit.distributed import allgather_objects
 from moekit.model.transformer import EncoderDecoder
 from moekit.sharding import batch_shards
-from moekit.train_config import ALL_BUT_ROUTER
+from moekit.train_config import ALL_BUT_ROUTER, train_settings
 from moekit.training.checkpoint import OtherRun, describe_differences
 
 FORMAT = 2  # of a run's checkpoints; 1 had other optimizer states
@@ -168,11 +168,6 @@ def check_known(workdir: Path, saved: dict[str, Any]) -> None:
 
 def describe_digests(saved: str, wanted: str) -> str:
     return describe_differences({"digest": saved}, {"digest": wanted})
-
-
-def train_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The training settings of a run; those that its version did not have are at their default."""
-    return TrainConfig().to_dict() | settings["train"]
 
 
 def fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:

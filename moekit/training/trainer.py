@@ -30,6 +30,7 @@ from moekit.training.guards import (
     all_finite,
     describe_kept,
 )
+from moekit.training.layout import CHECKPOINTS
 from moekit.training.metrics import LOG, Metrics
 from moekit.training.optim import schedule
 from moekit.training.retention import BestCheckpoint
@@ -333,7 +334,7 @@ class Trainer:
         best = None
         if config.keep_best is not None:
             best = BestCheckpoint(config.keep_best, self.best_scores)
-        return Checkpoints(workdir / "checkpoints", config.keep, config.keep_every, best)
+        return Checkpoints(workdir / CHECKPOINTS, config.keep, config.keep_every, best)
 
     def best_scores(self) -> dict[int, float]:
         """The metric by which checkpoints are kept, by step; from the log of process 0."""

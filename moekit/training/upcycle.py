@@ -15,6 +15,7 @@ from moekit.model.transformer import EncoderDecoder
 from moekit.model.upcycle import Names, check_upcycle, origin, upcycle_array, upcycle_model
 from moekit.sharding import is_variable
 from moekit.training.checkpoint import Checkpoints, to_json
+from moekit.training.layout import CHECKPOINTS
 from moekit.training.model_files import load
 from moekit.training.optim import path_names
 from moekit.training.run_settings import FORMAT, program_settings
@@ -117,15 +118,15 @@ def _upcycle_run(
 
 def _run_checkpoints(source: Any, workdir: Path) -> Path:
     """The checkpoints of the run to upcycle; checks that it is one and that `workdir` is free."""
-    if isinstance(source, EncoderDecoder) or not (Path(source) / "checkpoints").is_dir():
+    if isinstance(source, EncoderDecoder) or not (Path(source) / CHECKPOINTS).is_dir():
         given = source.cfg.name if isinstance(source, EncoderDecoder) else source
         raise ValueError(
             f"{given} has no optimizer state: with workdir= give the folder of a training run, or "
             "leave workdir out and use mk.save"
         )
-    if (workdir / "checkpoints").is_dir():
+    if (workdir / CHECKPOINTS).is_dir():
         raise ValueError(f"{workdir} already holds a run: choose another workdir or delete it")
-    return Path(source) / "checkpoints"
+    return Path(source) / CHECKPOINTS
 
 
 def _restore(
@@ -149,7 +150,7 @@ def _write_run(
     """Write the first checkpoint of a run; `workdir` is removed again if that fails."""
     is_new = not workdir.exists()
     try:
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / CHECKPOINTS)
         checkpoints.save(step, metadata, checkpoint_items(state))
         checkpoints.close()
     except OSError:

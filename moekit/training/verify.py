@@ -12,13 +12,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from moekit.training.checkpoint import (
-    METADATA,
     Checkpoints,
     DamagedCheckpoint,
     first_line,
-    is_step,
     restore_arrays,
 )
+from moekit.training.layout import CHECKPOINTS, METADATA, is_step
 from moekit.training.manifest import MANIFEST, WORD_SUMS, check_arrays
 from moekit.training.state import replicated, with_shardings
 
@@ -47,7 +46,7 @@ def checkpoint_folders(top: Path) -> Iterator[Path]:
         numbered = [name for name in folders + files if is_step(name)]
         path = Path(path)
         has_parts = any((path / name / part).exists() for name in numbered for part in PARTS)
-        if numbered and (has_parts or path.name == "checkpoints"):
+        if numbered and (has_parts or path.name == CHECKPOINTS):
             yield path
             folders.clear()
         folders.sort()
