@@ -39,9 +39,9 @@ class EscapedMessages(logging.Handler):
 
 
 def print_messages() -> None:
-    """Write the messages of all libraries to stderr, escaped and without what is said twice.
+    """Write the messages of all libraries to stderr, escaped, without repeating our own errors.
 
-    The handler is that of messages for which an application has set up no other.
+    This replaces logging's handler of last resort, so an application's own handlers stay.
     """
     if isinstance(logging.lastResort, EscapedMessages):
         return

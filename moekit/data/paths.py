@@ -50,7 +50,7 @@ def require_file(path: Path, max_bytes: int | None = None) -> None:
 
 
 def require_file_name(name: str, owner: str) -> None:
-    """Check that a text of a file or flag can be part of a file's name, and leads nowhere else.
+    """Check that a name from a file or flag can be part of a file's name and stays in its folder.
 
     Raises:
       ValueError: it has other characters than letters, digits, "_", "-" and ".".

@@ -258,7 +258,7 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 def describe_kept(folder: Path | None, steps: Sequence[int]) -> str:
     """What is left of a run that was stopped by a fault, and how to continue from it."""
     if folder is None:
-        return "nothing was saved, for there is no workdir"
+        return "nothing was saved, because there is no workdir"
     if not steps:
         return "no checkpoint was written yet, the same workdir can be used again"
     newest = steps[-1]
@@ -267,5 +267,5 @@ def describe_kept(folder: Path | None, steps: Sequence[int]) -> str:
         how_to_go_back = f"delete {folder / str(newest)} to resume from step {steps[-2]}"
     return (
         f"the checkpoint of step {newest} is kept and the same workdir resumes from it with the "
-        f"new settings; should it diverge again, {how_to_go_back}"
+        f"new settings; if it diverges again, {how_to_go_back}"
     )

@@ -40,8 +40,8 @@ class StopSignal:
     The second one acts at once, as without this class. Signals that are ignored (as SIGHUP is under
     nohup) stay ignored. Only the main thread handles signals: elsewhere nothing changes.
 
-    On several hosts, where jax listens for SIGTERM and for the maintenance events of TPUs, one to
-    any of them stops all of them after the same step.
+    With several processes, jax listens for SIGTERM and for the maintenance events of TPUs: one that
+    reaches any of them stops all of them after the same step.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class StopSignal:
 
 
 def mute_closed_terminals(streams: list[int]) -> None:
-    """Send what is written to terminals that were closed to nowhere; it would raise OSError."""
+    """Discard what is written to terminals that were closed: it would raise OSError."""
     for stream in streams:
         if not os.isatty(stream):
             with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:

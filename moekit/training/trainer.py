@@ -126,7 +126,7 @@ class Trainer:
     def check_wait(self, seconds: float) -> None:
         """Called while a batch is waited for.
 
-        Of several processes a single one cannot stop because of a signal.
+        With several processes, a signal to one of them does not stop it here.
         """
         if self.stop.number and jax.process_count() == 1:
             raise Stopped("", self.stop.number)
@@ -272,8 +272,8 @@ class Trainer:
     def report(self, row: dict[str, Any]) -> None:
         """Call on_log with a copy of a row that is written already.
 
-        If one raises, a checkpoint is saved first. Of several processes only this one would save,
-        so that there the periodic checkpoints are what is left.
+        If one raises, a checkpoint is saved first. Not with several processes: only this one
+        would save, so the run keeps its periodic checkpoints alone.
         """
         try:
             for function in self.on_log:
@@ -425,8 +425,10 @@ class Trainer:
             self.handle_save_error(error, is_last=False)
 
     def notice_failed_save(self) -> None:
-        """Handle a save that failed in the background. Of several processes only this one may know:
-        there it is handled before the next save."""
+        """Handle a save that failed in the background.
+
+        With several processes, only this one may know of it: it is handled before the next save.
+        """
         if self.checkpoints is None or jax.process_count() > 1:
             return
         if not self.checkpoints.is_writing():
