@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,8 @@ def print_messages() -> None:
         return
     logging.lastResort = EscapedMessages(logging.WARNING)
     logging.getLogger("asyncio").addFilter(_is_no_traceback)
+    # orbax drops the writes that are left when one of them fails
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:

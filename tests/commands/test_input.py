@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_messages_are_escaped_and_what_is_said_twice_is_left_out(monkeypatch, ca
     record = logging.makeLogRecord({"msg": "row %s", "args": ("\x1b[2J",)})
     logging.lastResort.handle(record)
     assert capsys.readouterr().err == "row \\x1b[2J\n"
+
+
+def test_writes_that_orbax_drops_are_not_mentioned():
+    program = """
+from moekit.commands.output import print_messages
+async def write(): pass
+print_messages()
+write()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_tracebacks_of_orbax_are_left_out():
