@@ -47,7 +47,6 @@ def print_messages() -> None:
     if isinstance(logging.lastResort, EscapedMessages):
         return
     logging.lastResort = EscapedMessages(logging.WARNING)
-    logging.getLogger("asyncio").addFilter(_is_no_traceback)
     # orbax drops the writes that are left when one of them fails
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     report = sys.unraisablehook
@@ -57,11 +56,6 @@ def print_messages() -> None:
             report(unraisable)
 
     sys.unraisablehook = report_others
-
-
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """tensorstore's reads that fail are errors of ours; asyncio logs each of them again."""
-    return not record.exc_info
 
 
 def _is_of_another_array(unraisable: Any) -> bool:

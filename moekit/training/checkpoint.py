@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,9 +374,13 @@ def hide_repeated_errors() -> None:
 
 
 def _is_not_repeated(record: logging.LogRecord) -> bool:
-    is_of_orbax = record.exc_info is not None and "orbax" in record.pathname
-    is_of_task = "exception was never retrieved" in record.getMessage()
-    return not (is_of_orbax or is_of_task)
+    if not record.exc_info:
+        return True
+    if record.name == "asyncio":  # it logs the exceptions of tasks that nobody waits for
+        files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    else:
+        files = [record.pathname]
+    return not any("orbax" in Path(file).parts for file in files)
 
 
 def _save_handlers() -> Any:

@@ -158,18 +158,33 @@ write()
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_tracebacks_of_orbax_are_left_out():
+def raised_in(path: str) -> ValueError:
+    """An error that a file of this path has raised."""
+    try:
+        exec(compile("raise ValueError('disk full')", path, "exec"))
+    except ValueError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["absl", "asyncio"])
+@pytest.mark.parametrize(
+    ("path", "is_shown"),
+    [
+        ("/site-packages/orbax/checkpoint/future.py", False),
+        ("/my/orchestra.py", True),
+        ("/my/orbax_runs.py", True),
+    ],
+)
+def test_tracebacks_of_orbax_are_left_out(name, path, is_shown):
     import absl.logging
 
-    import moekit.training.checkpoint
+    from moekit.training.checkpoint import hide_repeated_errors
 
-    assert moekit.training.checkpoint.logger
-    absl_logger = absl.logging.get_absl_logger()
-    error = (ValueError, ValueError("disk full"), None)
-    for path, exc_info, is_shown in [
-        ("/site-packages/orbax/future.py", error, False),
-        ("/site-packages/orbax/future.py", None, True),
-        ("/my/orchestra.py", error, True),
-    ]:
-        record = logging.makeLogRecord({"pathname": path, "exc_info": exc_info})
-        assert bool(absl_logger.filter(record)) == is_shown
+    assert absl.logging
+    hide_repeated_errors()
+    error = raised_in(path)
+    record = {"name": name, "pathname": path, "msg": "Task exception was never retrieved"}
+    assert logging.getLogger(name).filter(logging.makeLogRecord(record))
+    record["exc_info"] = (ValueError, error, error.__traceback__)
+    assert bool(logging.getLogger(name).filter(logging.makeLogRecord(record))) == is_shown
