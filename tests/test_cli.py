@@ -17,6 +17,8 @@ from moekit.bench import baselines, generation, input, layer, step
 from moekit.cli import VERBS, command, main
 from moekit.data import packing
 
+SIZES = ["--set", "d_model=16", "--set", "d_ff=32", "--set", "encoder_layers=1"]
+SIZES += ["--set", "decoder_layers=1", "--set", "decoder_moe_layers=0"]
 SMALL = ["--steps", "2", "--batch-tokens", "320", "--input-length", "64", "--target-length", "16"]
 
 
@@ -115,9 +117,10 @@ def test_bench_times_a_layer_by_default(capsys):
 
 
 def test_train_eval_and_resume(tmp_path, capsys):
-    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", *SMALL, "--json")
+    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", *SMALL, *SIZES, "--json")
     assert code == 0 and json.loads(out)["step"] == 2
-    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", "--steps", 3, *SMALL[2:])
+    flags = ["--steps", 3, *SMALL[2:], *SIZES]
+    code, out, _ = run(capsys, "train", "--workdir", tmp_path / "r", *flags)
     assert code == 0 and "step 3" in out
     record = tmp_path / "results/eval.json"
     flags = ["--suite", "builtin", "--limit", 1, "--options", "False"]
@@ -134,7 +137,7 @@ def test_train_eval_and_resume(tmp_path, capsys):
     code, out, _ = run(capsys, "figures", *folders)
     assert code == 0 and out.split() == [str(tmp_path / "figures/eval-scores.png")]
     code, _, err = run(
-        capsys, "train", "--workdir", tmp_path / "r", *SMALL, "--weight-decay", "0.5"
+        capsys, "train", "--workdir", tmp_path / "r", *SMALL, *SIZES, "--weight-decay", "0.5"
     )
     assert code == 2 and "weight_decay" in err and "another" in err
 
@@ -148,7 +151,7 @@ def test_own_files_are_trained_evaluated_and_traced(tmp_path, capsys):
     notes.mkdir()
     (notes / "a.txt").write_text("some text " * 300)
     columns = ["--input", "Frage", "--target", "Antwort"]
-    flags = ["--task", mine, *columns, "--options", "Wahl", "--corpus", notes]
+    flags = ["--task", mine, *columns, "--options", "Wahl", "--corpus", notes, *SIZES]
     code, out, err = run(capsys, "train", "--workdir", tmp_path / "r", *flags, *SMALL, "--json")
     assert code == 0, err
     assert json.loads(out)["step"] == 2

@@ -43,8 +43,7 @@ def one_device():
     [
         ("t5-nano", "none"),
         ("ec-nano", "full"),
-        ("st-nano", "full"),
-        ("switch-nano", "none"),
+        ("st-nano", "none"),
     ],
 )
 def test_flops_by_formula_equal_those_of_the_compiler(name, remat):

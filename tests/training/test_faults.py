@@ -37,7 +37,12 @@ CONFIG = mk.TrainConfig(
 
 def model():
     cfg = mk.preset("switch-nano").replace(
-        d_model=16, d_ff=32, encoder_layers=1, decoder_layers=1, router="loss-free"
+        d_model=16,
+        d_ff=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        decoder_moe_layers=0,
+        router="loss-free",
     )
     return mk.EncoderDecoder(cfg)
 

@@ -42,13 +42,14 @@ CONFIG = TrainConfig(
 )
 
 
-def model(family="st", seed=0, mesh=None, **changes):
+def model(family="switch", seed=0, mesh=None, **changes):
     """The smallest model of a family, with dropout unless `changes` say otherwise."""
     cfg = mk.preset(f"{family}-nano").replace(
         d_model=16,
         d_ff=32,
         encoder_layers=1,
         decoder_layers=1,
+        decoder_moe_layers=0,
         dropout=0.1,
         expert_dropout=0.1,
     )
@@ -255,14 +256,14 @@ def test_all_but_the_router_can_be_frozen():
 def test_every_mesh_trains_alike_with_one_program():
     """Also with every layer computed again in the backward pass."""
     config = CONFIG.replace(save_every=0, log_every=1, steps=3)
-    settings = {"capacity_factor": 8.0, "eval_capacity_factor": 8.0, "dropout": 0.0}
+    settings = {"capacity_factor": 8.0, "eval_capacity_factor": 8.0, "decoder_moe_layers": 1}
     runs = []
     for mesh, remat in (
         (None, "none"),
         (mk.make_mesh(data=2, expert=4), "full"),
         (mk.make_mesh(data=2, expert=2, model=2), "dots"),
     ):
-        trained = model(mesh=mesh, expert_dropout=0.0, **settings)
+        trained = model("st", mesh=mesh, dropout=0.0, expert_dropout=0.0, **settings)
         run = mk.train(trained, TEXT, config.replace(remat=remat))
         step = compiled_step(trained, program_settings(run.config))
         assert step.update._cache_size() == 1
