@@ -3,11 +3,15 @@
 Every process runs the same program, as is usual in JAX. With one process all of this is trivial.
 """
 
+import atexit
+import contextlib
 import json
 import os
+import sys
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +20,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from moekit.sharding import BATCH_SPEC, batch_shards
-from moekit.versions import join_processes
+from moekit.versions import coordination, join_processes
+
+LOST_SECONDS = 30  # without a sign of life of a process
+WATCH_SECONDS = 2
+END_SECONDS = 60  # how long a process that ends waits for the others
+LOST_EXIT_CODE = 3
 
 
 def start(
@@ -56,7 +65,7 @@ def start(
                 processes,
                 process_id,
                 start_seconds=timeout + 60,
-                end_seconds=60,
+                lost_seconds=LOST_SECONDS,
             )
         except Exception as error:
             errors.append(error)
@@ -77,9 +86,70 @@ def start(
             f"cannot join a run at {coordinator} as process {process_id} of {processes}: "
             f"{errors[0]}; give coordinator, processes and process_id (from 0) to each"
         )
+    if not errors and coordination().num_processes > 1:
+        _watch_processes()
     # a TPU without the metadata of a slice is driven by one process: these errors are expected
     if errors and not isinstance(errors[0], (ValueError, ConnectionError)):
         raise errors[0]
+
+
+def _watch_processes() -> None:
+    """Let a thread end this process if another one is lost, and let all processes end together.
+
+    A collective operation without one of its processes waits forever on a TPU.
+    """
+    others_end = threading.Event()
+    threading.Thread(target=_end_with_the_others, args=(others_end,), daemon=True).start()
+    atexit.register(_wait_for_the_end, others_end)  # before jax's own end
+
+
+def _end_with_the_others(others_end: threading.Event) -> None:
+    numbers = list(range(coordination().num_processes))
+    client = coordination().client
+    while not others_end.wait(WATCH_SECONDS):
+        try:
+            alive = client.get_live_nodes(numbers)
+        except Exception:  # jax.errors.JaxRuntimeError of a service that is gone
+            alive = numbers[1:]
+        lost = [number for number in numbers if number not in alive]
+        if lost and not others_end.is_set():
+            _exit_because_of(lost)
+
+
+def _exit_because_of(lost: list[int]) -> None:
+    """End at once: other threads may wait for the lost processes, forever."""
+    names = ", ".join(map(str, lost))
+    is_plural = len(lost) > 1
+    subject = f"processes {names} are" if is_plural else f"process {names} is"
+    print(
+        f"error: {subject} gone (no sign of life for {LOST_SECONDS} s): process "
+        f"{coordination().process_id} of {coordination().num_processes} ends as well; start the same command on "
+        "all hosts to resume from the newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST_EXIT_CODE)
+
+
+def _wait_for_the_end(others_end: threading.Event) -> None:
+    """Wait until all processes end: process 0 has the service that the others need."""
+    others_end.set()
+    with contextlib.suppress(Exception):
+        coordination().client.wait_at_barrier("moekit_end", END_SECONDS * 1000)
+
+
+@contextlib.contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Let a failed operation between processes end with the name of the process that is lost.
+
+    On CPUs and GPUs such an operation fails before it is known which process is lost.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() > 1:
+            time.sleep(LOST_SECONDS + 2 * WATCH_SECONDS)  # the process ends in the meantime
+        raise
 
 
 def _on_tpu() -> bool:

@@ -3,7 +3,6 @@
 Colab's runtimes come with the oldest of these. No other module asks for a version.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,24 +45,28 @@ def join_processes(
     process_id: int | None,
     *,
     start_seconds: int,
-    end_seconds: int,
+    lost_seconds: int,
 ) -> None:
     """Join the other processes of a run (jax.distributed.initialize).
 
     Args:
       start_seconds: how long to wait for the other processes.
-      end_seconds: how long a process that ends waits for the others, where jax has that setting.
+      lost_seconds: time without a sign of life after which a process counts as lost. Except for
+        process 0, jax then leaves the others alive: `moekit.distributed` ends them.
     """
-    parameters = inspect.signature(jax.distributed.initialize).parameters
-    if "shutdown_timeout_seconds" not in parameters:
-        jax.distributed.initialize(
-            coordinator, processes, process_id, initialization_timeout=start_seconds
-        )
-        return
+    jax.config.update("jax_enable_recoverability", True)
     jax.distributed.initialize(
         coordinator,
         processes,
         process_id,
         initialization_timeout=start_seconds,
-        shutdown_timeout_seconds=end_seconds,
+        heartbeat_timeout_seconds=lost_seconds,
     )
+
+
+def coordination() -> Any:
+    """What jax knows of the run's processes, also before it has devices: client (the connection to
+    the service of process 0), num_processes, process_id."""
+    from jax._src import distributed
+
+    return distributed.global_state

@@ -12,7 +12,7 @@ from moekit.config import TrainConfig
 from moekit.data.own_mixture import as_source
 from moekit.data.statistics import DataStatistics
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
-from moekit.distributed import is_first
+from moekit.distributed import is_first, lost_processes_named
 from moekit.model.transformer import EncoderDecoder
 from moekit.progress import ProgressBar
 from moekit.training.checkpoint import to_path
@@ -102,7 +102,7 @@ def train(
     check_recovery(config, trainer.workdir)
     if jax.process_count() > 1:
         check_processes_agree(trainer.settings())
-    with write_alone(trainer.workdir) as trainer.lock:
+    with lost_processes_named(), write_alone(trainer.workdir) as trainer.lock:
         trainer.start(resume)
         if trainer.metrics.path is not None:
             record_start(trainer.workdir, trainer.settings())

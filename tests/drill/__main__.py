@@ -28,11 +28,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import damage
+import hosts
 import in_process
 import interruptions
 from tiny_run import Drill, finish, write_text
 from trial import Record, Trial, table
 
+LONG = ("hosts", "mesh")  # not in the short form
 Cause = Callable[..., list[Trial]]
 # names that --only selects, what the table says, and the functions
 COMMANDS: tuple[tuple[str, str, Cause], ...] = (
@@ -43,6 +45,10 @@ COMMANDS: tuple[tuple[str, str, Cause], ...] = (
     ("disk", "disk full", interruptions.disk_full),
     ("readonly", "read-only folder", interruptions.read_only),
     ("writers", "two runs in one folder", interruptions.two_runs),
+    ("hosts", "one of two hosts killed", hosts.one_killed),
+    ("hosts", "one of two hosts late", hosts.one_late),
+    ("hosts", "one of two hosts different", hosts.one_different),
+    ("hosts", "another number of processes", hosts.other_number),
 )
 IN_PROCESS: tuple[tuple[str, str, Cause], ...] = (
     ("damage", "damaged checkpoint", damage.kinds_of_damage),
@@ -94,7 +100,11 @@ def main() -> int:
     print(f"seed {drill.seed}, everything is written to {drill.folder}", flush=True)
     write_text(drill.text)
     commands = [each for each in COMMANDS if each[0] in arguments.only]
+    if drill.short:
+        commands = [each for each in commands if each[0] not in LONG]
     in_this_process = [each for each in IN_PROCESS if each[0] in arguments.only]
+    if drill.short:
+        in_this_process = [each for each in in_this_process if each[0] not in LONG]
     # one process at a time computes beside this one: machines with two cores
     with ThreadPoolExecutor(max_workers=1) as other:
         futures = []
