@@ -119,12 +119,12 @@ def _end_with_the_others(others_end: threading.Event) -> None:
 def _exit_because_of(lost: list[int]) -> None:
     """End at once: other threads may wait for the lost processes, forever."""
     names = ", ".join(map(str, lost))
-    is_plural = len(lost) > 1
-    subject = f"processes {names} are" if is_plural else f"process {names} is"
+    subject = f"processes {names} are" if len(lost) > 1 else f"process {names} is"
+    state = coordination()
     print(
         f"error: {subject} gone (no sign of life for {LOST_SECONDS} s): process "
-        f"{coordination().process_id} of {coordination().num_processes} ends as well; start the same command on "
-        "all hosts to resume from the newest checkpoint",
+        f"{state.process_id} of {state.num_processes} ends as well; start the same command on all "
+        "hosts to resume from the newest checkpoint",
         file=sys.stderr,
         flush=True,
     )
@@ -134,8 +134,12 @@ def _exit_because_of(lost: list[int]) -> None:
 def _wait_for_the_end(others_end: threading.Event) -> None:
     """Wait until all processes end: process 0 has the service that the others need."""
     others_end.set()
+    state = coordination()
+    numbers = list(range(state.num_processes))
     with contextlib.suppress(Exception):
-        coordination().client.wait_at_barrier("moekit_end", END_SECONDS * 1000)
+        state.client.wait_at_barrier("moekit_end", END_SECONDS * 1000)
+        if state.process_id == 0:
+            state.client.get_live_nodes(numbers)  # returns when the others have left
 
 
 @contextlib.contextmanager
