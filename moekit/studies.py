@@ -59,7 +59,7 @@ HELD_OUT_SUITES = {"builtin": ("builtin",), "local": ("niv2-test", "bbh")}
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A dense and a sparse model of one size through all stages; by default that of the notebooks.
+    """A dense and a sparse model of one size through all stages.
 
     Args:
       source: builtin, or local for the data folder (MOEKIT_DATA).
@@ -118,7 +118,7 @@ class StudyConfig:
     def named(cls, setting: str) -> "StudyConfig":
         """The configuration of the notebooks' setting "small", "colab" or "full"."""
         if setting == "small":  # minutes on two CPU cores
-            return cls(workdir=Path("runs/small"))
+            return cls(pretrain_steps=300, tune_steps=500, workdir=Path("runs/small"))
         if setting == "colab":  # about ten minutes on one TPU v5e or T4
             return cls(
                 size="mini",

@@ -44,7 +44,7 @@ SETTING = "small"  # "colab": ten minutes on one TPU v5e or T4; "full": longer, 
 config = mk.StudyConfig.named(SETTING)
 config = dataclasses.replace(config, workdir=config.workdir / "balance")
 if SETTING == "small":
-    config = dataclasses.replace(config, pretrain_steps=250)
+    config = dataclasses.replace(config, pretrain_steps=200)
 setup = mk.StudySetup(config)
 print(describe_runtime())
 
