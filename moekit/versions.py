@@ -55,6 +55,9 @@ def join_processes(
         process 0, jax then leaves the others alive: `moekit.distributed` ends them.
     """
     jax.config.update("jax_enable_recoverability", True)
+    # CPUs on jax 0.7.2: programs that are dispatched while others run may reach the collective
+    # operations of two processes in different orders, and all of them wait
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
         coordinator,
         processes,

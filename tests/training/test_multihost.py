@@ -111,7 +111,12 @@ def runs(tmp_path_factory):
     shutil.copytree(folder / "one", folder / "resumed_by_two", ignore=first_half)
     port = free_port()
     two = [python(__file__, folder, f"localhost:{port}", number) for number in range(2)]
-    out = [process.communicate(timeout=400) for process in two]
+    try:
+        out = [process.communicate(timeout=400) for process in two]
+    finally:  # one that waits for the other
+        for process in two:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in two] == [0, 0], out[0][1] + out[1][1]
     shutil.copytree(folder / "two", folder / "resumed_by_one", ignore=first_half)
     mk.train(model, TEXT, CONFIG, workdir=folder / "resumed_by_one", eval_source=TEXT)
