@@ -242,7 +242,8 @@ class _ReadAhead:
 
     def __init__(self, elements: Iterator[_Part]) -> None:
         self._elements = elements
-        self._results: queue.SimpleQueue[_Part | Exception | None] = queue.SimpleQueue()
+        # not a SimpleQueue: where a signal arrives as the time is up, its get() waits forever
+        self._results: queue.Queue[_Part | Exception | None] = queue.Queue()
         self._free = threading.Semaphore(_BUFFERED)
         self._closed = False
         self._thread = threading.Thread(target=self._read, daemon=True)

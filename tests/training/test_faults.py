@@ -259,6 +259,36 @@ def test_a_signal_while_input_is_waited_for_saves_at_once(tmp_path, stall):
         mk.train(model(), TEXT, config, workdir=tmp_path, on_log=start_timer)
 
 
+def test_signals_do_not_stop_the_waiting_for_input(monkeypatch):
+    """A signal may arrive at any moment, also when the time until the next look is up."""
+    monkeypatch.setattr(loader, "_SECONDS_BETWEEN_CALLS", 0.01)
+    released = threading.Event()
+    reader = loader._ReadAhead(iter(released.wait, True))
+    handled = []
+
+    def handle(number, frame):
+        handled.append(number)
+        time.sleep(0.008)
+
+    def on_wait(seconds):
+        if len(handled) > 50:
+            raise StalledInput
+
+    former = signal.signal(signal.SIGALRM, handle)
+    timer = threading.Timer(20, released.set)  # the end of a wait without end
+    timer.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.017)
+    try:
+        with pytest.raises(StalledInput):
+            reader.next(on_wait)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        timer.cancel()
+        released.set()
+        reader.close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_every_signal_saves_and_the_run_continues(tmp_path, number):
     def send(row):
