@@ -34,6 +34,8 @@ import interruptions
 from tiny_run import Drill, finish, write_text
 from trial import Record, Trial, table
 
+from moekit.commands.output import print_messages
+
 LONG = ("hosts", "mesh")  # not in the short form
 Cause = Callable[..., list[Trial]]
 # names that --only selects, what the table says, and the functions
@@ -96,6 +98,7 @@ def main() -> int:
     # in the background, or under nohup, the runs would inherit that these are ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    print_messages()  # as the command line does
     drill = Drill(Path(FOLDER), arguments.seed, arguments.short)
     print(f"seed {drill.seed}, everything is written to {drill.folder}", flush=True)
     write_text(drill.text)
