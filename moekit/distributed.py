@@ -24,7 +24,7 @@ from moekit.versions import coordination, join_processes
 
 LOST_SECONDS = 30  # without a sign of life of a process
 WATCH_SECONDS = 2
-END_SECONDS = 60  # how long a process that ends waits for the others
+EXIT_SECONDS = 60  # how long a process that exits waits for the others
 LOST_EXIT_CODE = 3
 
 
@@ -94,25 +94,26 @@ def start(
 
 
 def _watch_processes() -> None:
-    """Let a thread end this process if another one is lost, and let all processes end together.
+    """Start a thread that ends this process if another one is lost; let all of them exit together.
 
     A collective operation without one of its processes waits forever on a TPU.
     """
-    others_end = threading.Event()
-    threading.Thread(target=_end_with_the_others, args=(others_end,), daemon=True).start()
-    atexit.register(_wait_for_the_end, others_end)  # before jax's own end
+    is_exiting = threading.Event()
+    threading.Thread(target=_exit_if_one_is_lost, args=(is_exiting,), daemon=True).start()
+    atexit.register(_wait_for_others_at_exit, is_exiting)  # runs before jax's own exit handler
 
 
-def _end_with_the_others(others_end: threading.Event) -> None:
+def _exit_if_one_is_lost(is_exiting: threading.Event) -> None:
+    """Ask the service of process 0 every few seconds which processes are alive."""
     numbers = list(range(coordination().num_processes))
     client = coordination().client
-    while not others_end.wait(WATCH_SECONDS):
+    while not is_exiting.wait(WATCH_SECONDS):
         try:
             alive = client.get_live_nodes(numbers)
         except Exception:  # jax.errors.JaxRuntimeError of a service that is gone
             alive = numbers[1:]
         lost = [number for number in numbers if number not in alive]
-        if lost and not others_end.is_set():
+        if lost and not is_exiting.is_set():
             _exit_because_of(lost)
 
 
@@ -131,13 +132,13 @@ def _exit_because_of(lost: list[int]) -> None:
     os._exit(LOST_EXIT_CODE)
 
 
-def _wait_for_the_end(others_end: threading.Event) -> None:
-    """Wait until all processes end: process 0 has the service that the others need."""
-    others_end.set()
+def _wait_for_others_at_exit(is_exiting: threading.Event) -> None:
+    """Wait until all processes exit: process 0 runs the service that the others need."""
+    is_exiting.set()
     state = coordination()
     numbers = list(range(state.num_processes))
     with contextlib.suppress(Exception):
-        state.client.wait_at_barrier("moekit_end", END_SECONDS * 1000)
+        state.client.wait_at_barrier("moekit_end", EXIT_SECONDS * 1000)
         if state.process_id == 0:
             state.client.get_live_nodes(numbers)  # returns when the others have left
 

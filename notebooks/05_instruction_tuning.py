@@ -117,7 +117,7 @@ mk.show(tuned["st"].plot(), "05-st-tasks")
 # 1. Show the options (`options=True`). Which tasks gain, which lose? What would the model have to
 #    do to benefit from them?
 # 2. Tune with the router frozen: `mk.instruction_tune(model, setup.mixture,
-#    setup.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), 500))`. The paper finds
-#    that freezing the gate hardly matters.
+#    setup.stage(mk.TrainConfig(freeze=("router",), learning_rate=2e-2), setup.config.tune_steps))`.
+#    The paper finds that freezing the gate hardly matters.
 # 3. Leave the tasks of one cluster out of the mixture (`mk.flan_mixture("builtin", exclude=[..])`).
 #    Which held-out score falls most?

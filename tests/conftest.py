@@ -38,8 +38,10 @@ gc.set_threshold(100_000, 20, 20)
 
 
 def checked_modules() -> list[str]:
-    """All of moekit but the modules that read and write text, where checking every call, and every
-    function defined in one, takes most of the time."""
+    """All of moekit except the modules that read text and compiled programs.
+
+    Those call their functions for every row or line: checking types there took most of the time.
+    """
     names = [f"moekit.{module.name}" for module in pkgutil.iter_modules(moekit.__path__)]
     names.remove("moekit.data")
     names.remove("moekit.planning")

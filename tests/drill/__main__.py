@@ -36,7 +36,7 @@ from trial import Record, Trial, table
 
 from moekit.commands.output import print_messages
 
-LONG = ("hosts", "mesh")  # not in the short form
+LONG = ("hosts",)  # in the short form only if --only names them
 Cause = Callable[..., list[Trial]]
 # names that --only selects, what the table says, and the functions
 COMMANDS: tuple[tuple[str, str, Cause], ...] = (
@@ -71,7 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"faults, such as kills,bits: {choices}")
     parser.add_argument("--short", action="store_true", help="a few faults of each kind")
     arguments = parser.parse_args()
-    arguments.only = arguments.only.split(",") if arguments.only else names
+    usual = [name for name in names if not (arguments.short and name in LONG)]
+    arguments.only = arguments.only.split(",") if arguments.only else usual
     unknown = sorted(set(arguments.only) - set(names))
     if unknown:
         parser.error(f"unknown fault {unknown[0]}: choose from {choices}")
@@ -103,11 +104,7 @@ def main() -> int:
     print(f"seed {drill.seed}, everything is written to {drill.folder}", flush=True)
     write_text(drill.text)
     commands = [each for each in COMMANDS if each[0] in arguments.only]
-    if drill.short:
-        commands = [each for each in commands if each[0] not in LONG]
     in_this_process = [each for each in IN_PROCESS if each[0] in arguments.only]
-    if drill.short:
-        in_this_process = [each for each in in_this_process if each[0] not in LONG]
     # one process at a time computes beside this one: machines with two cores
     with ThreadPoolExecutor(max_workers=1) as other:
         futures = []

@@ -9,7 +9,10 @@ from in_process import same_losses
 from tiny_run import Command, Drill, finish, newest_step
 from trial import Trial
 
-LOST_SECONDS = 60  # within which the other process must have ended
+from moekit.training.checkpoint import Checkpoints
+from moekit.training.layout import CHECKPOINTS
+
+SECONDS_TO_END = 60  # within which the other process must have ended
 LATE_SECONDS = 20
 ON_TWO = ("--mesh", "data=2")
 
@@ -30,12 +33,12 @@ def start_both(drill: Drill, workdir: Path) -> list[Command]:
     return [Command(drill, workdir, flags(port, number)) for number in range(2)]
 
 
-def end_both(commands: list[Command]) -> str:
-    """Wait for the end of a run; returns the problem."""
+def end_both(commands: list[Command], code: int = 0, line: str = "") -> str:
+    """Wait for the end of a run; returns how it differs from an exit code and a last line."""
     problem = ""
     for command in commands:
         command.wait()
-        problem = problem or command.problem(0)
+        problem = problem or command.problem(code, line)
     return problem
 
 
@@ -45,7 +48,7 @@ def one_killed(drill: Drill) -> list[Trial]:
     first, second = start_both(drill, workdir)
     first.wait_until_logged(10)
     second.kill()
-    first.wait(LOST_SECONDS)
+    first.wait(SECONDS_TO_END)
     problem = first.problem(3, "error: process 1 is gone")
     lost = first.num_logged() - newest_step(workdir)
     problem = problem or end_both(start_both(drill, workdir))
@@ -69,10 +72,7 @@ def one_different(drill: Drill) -> list[Trial]:
     port = free_port()
     first = Command(drill, workdir, flags(port, 0))
     second = Command(drill, workdir, [*flags(port, 1), "--learning-rate", "0.5"])
-    problem = ""
-    for command in (first, second):
-        command.wait()
-        problem = problem or command.problem(2, "process 1 has another train than process 0")
+    problem = end_both([first, second], 2, "process 1 has another train than process 0")
     return [Trial("refused", problem=problem)]
 
 
@@ -94,6 +94,7 @@ def other_number(drill: Drill) -> list[Trial]:
 
 def keep_until(workdir: Path, step: int) -> None:
     """Delete the checkpoints after a step."""
-    for path in (workdir / "checkpoints").iterdir():
-        if path.name.isdecimal() and int(path.name) > step:
-            shutil.rmtree(path)
+    folder = workdir / CHECKPOINTS
+    for saved in Checkpoints(folder).steps():
+        if saved > step:
+            shutil.rmtree(folder / str(saved))

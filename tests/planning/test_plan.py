@@ -43,7 +43,8 @@ def one_device():
     [
         ("t5-nano", "none"),
         ("ec-nano", "full"),
-        ("st-nano", "none"),
+        ("st-nano", "full"),
+        ("switch-nano", "none"),
     ],
 )
 def test_flops_by_formula_equal_those_of_the_compiler(name, remat):

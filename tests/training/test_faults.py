@@ -263,7 +263,12 @@ def test_signals_do_not_stop_the_waiting_for_input(monkeypatch):
     """A signal may arrive at any moment, also when the time until the next look is up."""
     monkeypatch.setattr(loader, "_SECONDS_BETWEEN_CALLS", 0.01)
     released = threading.Event()
-    reader = loader._ReadAhead(iter(released.wait, True))
+
+    def no_elements():
+        released.wait()
+        yield from ()
+
+    reader = loader._ReadAhead(no_elements())
     handled = []
 
     def handle(number, frame):
@@ -275,7 +280,7 @@ def test_signals_do_not_stop_the_waiting_for_input(monkeypatch):
             raise StalledInput
 
     former = signal.signal(signal.SIGALRM, handle)
-    timer = threading.Timer(20, released.set)  # the end of a wait without end
+    timer = threading.Timer(20, released.set)  # the test fails after it instead of hanging
     timer.start()
     signal.setitimer(signal.ITIMER_REAL, 0.005, 0.017)
     try:

@@ -40,7 +40,6 @@ def build():
         d_ff=32,
         encoder_layers=1,
         decoder_layers=1,
-        decoder_moe_layers=0,
     )
     return mk.EncoderDecoder(cfg, mesh=mk.make_mesh(data=2, expert=4))
 
@@ -126,7 +125,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["two", "resumed_by_two", "resumed_by_one"])
 def test_two_processes_equal_one(runs, kind):
     folder, _, model = runs
-    keys = ("step", "loss", "grad_norm", "valid_loss", "encoder_dropped")
+    keys = ("step", "loss", "grad_norm", "valid_loss", "encoder_dropped", "decoder_dropped")
     for found, expected in zip(
         rows(folder / kind, *keys), rows(folder / "one", *keys), strict=True
     ):

@@ -90,7 +90,9 @@ def test_losses_against_numpy():
 @pytest.mark.parametrize("family", ["t5", "switch", "ec", "st"])
 def test_training_lowers_the_loss(family):
     config = CONFIG.replace(steps=30, learning_rate=3e-2, save_every=0, log_every=5)
-    run = mk.train(model(family), TEXT, config, eval_source=TEXT)
+    decoder_moe_layers = mk.preset(f"{family}-nano").replace(decoder_layers=1).decoder_moe_layers
+    small = model(family, decoder_moe_layers=decoder_moe_layers)
+    run = mk.train(small, TEXT, config, eval_source=TEXT)
     losses = run.metrics["loss"][1]
     assert losses[-1] < losses[0] - 0.3
     assert run.metrics.last("valid_loss") < losses[0]
