@@ -89,6 +89,7 @@ from .data.tokenizer import (
 from .evaluation.evaluator import (
     evaluate as evaluate,
     evaluation_callback as evaluation_callback,
+    target_losses as target_losses,
 )
 from .evaluation.likelihood import (
     rank_options as rank_options,

@@ -1,10 +1,11 @@
 """Evaluation of a model on a suite: prompts are built, answered and scored."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from moekit.data.suites import Suite, as_suite
 from moekit.data.tasks import (
@@ -17,7 +18,7 @@ from moekit.data.tasks import (
 )
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.evaluation.answers import exact_match, extract_answer, most_frequent, rouge_l
-from moekit.evaluation.likelihood import rank_encoded
+from moekit.evaluation.likelihood import likelihoods, rank_encoded
 from moekit.evaluation.scores import Scores, TaskScore
 from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
@@ -86,14 +87,87 @@ def evaluate(
     )
     default_tokens = CHAIN_OF_THOUGHT_TOKENS if suite.chain_of_thought else ANSWER_TOKENS
     max_new_tokens = _setting(max_new_tokens, default_tokens)
-
-    questions: list[_Question] = []
-    for task in ProgressBar(suite.tasks, desc="prompts", unit="task", leave=False):
-        questions += _questions(task, suite, limit, seed, tokenizer, model.cfg.max_length)
-    if not questions:
-        raise ValueError(f"suite {suite.name} has no questions in its split {suite.split!r}")
+    questions = _all_questions(suite, limit, seed, tokenizer, model.cfg.max_length)
     answers = _answers(questions, suite, model, tokenizer, max_new_tokens)
     return _scores(model.cfg.name, suite, questions, answers)
+
+
+@dataclass(frozen=True)
+class TargetLoss:
+    """The loss of a model on the right answers of a task.
+
+    Args:
+      loss: mean over the questions of the cross-entropy of the answer, in nats a token (end of
+        sequence included).
+      n: number of questions.
+      values: the loss of each question.
+    """
+
+    task: str
+    cluster: str
+    loss: float
+    n: int
+    values: Float[np.ndarray, "n"] = field(repr=False)
+
+
+def target_losses(
+    model: EncoderDecoder,
+    suite: Any,
+    *,
+    shots: int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    options: bool | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[TargetLoss]:
+    """The loss on the right answer to every example of a suite: one result a task.
+
+    It changes long before the model's own answers do. The prompts are those of `evaluate` with the
+    same arguments.
+
+    Args:
+      suite: what `evaluate` accepts.
+      shots, split, limit, seed, options: as for `evaluate`.
+
+    Raises:
+      ValueError: as `evaluate` does.
+    """
+    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
+    suite = as_suite(suite)
+    suite = replace(
+        suite,
+        shots=_setting(shots, suite.shots),
+        split=_setting(split, suite.split),
+        options=_setting(options, suite.options),
+    )
+    questions = _all_questions(suite, limit, seed, tokenizer, model.cfg.max_length)
+    inputs = [question.input_ids for question in questions]
+    targets = [[[*tokenizer.encode(question.prompt.target), EOS]] for question in questions]
+    found = likelihoods(model, inputs, targets)
+    losses = [-of_target.log_prob / of_target.tokens for (of_target,) in found]
+    results = []
+    for task in suite.tasks:
+        of_task = [
+            loss for question, loss in zip(questions, losses, strict=True) if question.task is task
+        ]
+        if of_task:
+            values = np.asarray(of_task)
+            mean = float(values.mean())
+            results.append(TargetLoss(task.name, task.cluster, mean, len(values), values))
+    return results
+
+
+def _all_questions(
+    suite: Suite, limit: int | None, seed: int, tokenizer: Tokenizer, max_length: int
+) -> list[_Question]:
+    """The questions of all tasks of a suite."""
+    questions: list[_Question] = []
+    for task in ProgressBar(suite.tasks, desc="prompts", unit="task", leave=False):
+        questions += _questions(task, suite, limit, seed, tokenizer, max_length)
+    if not questions:
+        raise ValueError(f"suite {suite.name} has no questions in its split {suite.split!r}")
+    return questions
 
 
 def _setting(value: Setting | None, default: Setting) -> Setting:
