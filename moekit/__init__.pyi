@@ -89,7 +89,6 @@ from .data.tokenizer import (
 from .evaluation.evaluator import (
     evaluate as evaluate,
     evaluation_callback as evaluation_callback,
-    target_losses as target_losses,
 )
 from .evaluation.likelihood import (
     rank_options as rank_options,
@@ -104,6 +103,10 @@ from .evaluation.scores import (
     compare as compare,
     normalised_average as normalised_average,
     report as report,
+)
+from .experiment.report import (
+    StudyReport as StudyReport,
+    study as study,
 )
 from .generation_config import (
     GenerationSettings as GenerationSettings,
@@ -155,7 +158,6 @@ from .studies import (
     finetune as finetune,
     instruction_tune as instruction_tune,
     pretrain as pretrain,
-    study as study,
 )
 from .train_config import (
     TrainConfig as TrainConfig,

@@ -30,7 +30,7 @@ VERBS = {
     "plan": "Compile a training step for a TPU slice: memory, time, collectives, verdict.",
     "data": "List, describe, fetch and check data: moekit data --help.",
     "bench": "Time a layer, a step, the input pipeline: moekit bench --help.",
-    "study": "Run the whole experiment, dense against sparse, and record it.",
+    "study": "Run a study over models, setups and seeds, and print what it found.",
     "figures": "Redraw the figures of recorded results.",
 }
 FLAGS = ConstructorRegistry()

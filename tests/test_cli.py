@@ -227,8 +227,8 @@ def test_own_files_are_trained_evaluated_and_traced(tmp_path, capsys):
         (["data", "describe", "--samples", "-1"], "--samples is -1; use 0 or more"),
         (["data", "describe", "--seed", "-1"], "--seed is -1"),
         (["data", "check", ""], "a path is empty"),
-        (["study", "--seed", "-1"], "--seed is -1"),
-        (["study", "--workdir", ""], "a path is empty"),
+        (["study", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["study", ""], "a path is empty"),
         (["data", "describe", "--task", "additon"], "did you mean 'addition'"),
         (["data", "describe", "--task", "swaps"], "held out"),
         (["data", "descrbe"], "did you mean 'describe'"),
@@ -250,7 +250,6 @@ def test_own_files_are_trained_evaluated_and_traced(tmp_path, capsys):
         (["bench", "peers", "--experts", "8", "-1"], "--experts is -1; use 0 or more"),
         (["bench", "step", "--preset", "st-nanno"], "did you mean 'st-nano'"),
         (["figures", "--results", "nowhere"], "no recorded study in nowhere"),
-        (["study", "--source", "local"], "set the environment variable MOEKIT_DATA"),
         (["tour", "--only", "99"], "no notebook"),
     ],
 )

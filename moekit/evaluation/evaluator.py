@@ -1,11 +1,10 @@
 """Evaluation of a model on a suite: prompts are built, answered and scored."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float
 
 from moekit.data.suites import Suite, as_suite
 from moekit.data.tasks import (
@@ -18,7 +17,7 @@ from moekit.data.tasks import (
 )
 from moekit.data.tokenizer import EOS, Tokenizer, load_tokenizer
 from moekit.evaluation.answers import exact_match, extract_answer, most_frequent, rouge_l
-from moekit.evaluation.likelihood import likelihoods, rank_encoded
+from moekit.evaluation.likelihood import rank_encoded
 from moekit.evaluation.scores import Scores, TaskScore
 from moekit.model.decoding import generate_ids
 from moekit.model.transformer import EncoderDecoder
@@ -31,7 +30,7 @@ Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """An example of a task with its prompt and the token ids of its input."""
 
     task: Task
@@ -87,82 +86,28 @@ def evaluate(
     )
     default_tokens = CHAIN_OF_THOUGHT_TOKENS if suite.chain_of_thought else ANSWER_TOKENS
     max_new_tokens = _setting(max_new_tokens, default_tokens)
-    questions = _all_questions(suite, limit, seed, tokenizer, model.cfg.max_length)
+
+    questions = suite_questions(
+        suite, tokenizer, limit=limit, seed=seed, max_length=model.cfg.max_length
+    )
     answers = _answers(questions, suite, model, tokenizer, max_new_tokens)
     return _scores(model.cfg.name, suite, questions, answers)
 
 
-@dataclass(frozen=True)
-class TargetLoss:
-    """The loss of a model on the right answers of a task.
+def suite_questions(
+    suite: Suite, tokenizer: Tokenizer, *, limit: int | None, seed: int, max_length: int
+) -> list[Question]:
+    """The questions of all tasks of a suite, with their prompts.
 
     Args:
-      loss: mean over the questions of the cross-entropy of the answer, in nats a token (end of
-        sequence included).
-      n: number of questions.
-      values: the loss of each question.
-    """
-
-    task: str
-    cluster: str
-    loss: float
-    n: int
-    values: Float[np.ndarray, "n"] = field(repr=False)
-
-
-def target_losses(
-    model: EncoderDecoder,
-    suite: Any,
-    *,
-    shots: int | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    options: bool | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> list[TargetLoss]:
-    """The loss on the right answer to every example of a suite: one result a task.
-
-    It changes long before the model's own answers do. The prompts are those of `evaluate` with the
-    same arguments.
-
-    Args:
-      suite: what `evaluate` accepts.
-      shots, split, limit, seed, options: as for `evaluate`.
+      limit: number of examples of a task, a fixed sample; None for all.
+      seed: selects exemplars and samples.
+      max_length: tokens of an input; exemplars for which there is no room are left out.
 
     Raises:
-      ValueError: as `evaluate` does.
+      ValueError: there are no examples, or one is longer than max_length without exemplars.
     """
-    tokenizer = tokenizer or load_tokenizer(model.cfg.tokenizer)
-    suite = as_suite(suite)
-    suite = replace(
-        suite,
-        shots=_setting(shots, suite.shots),
-        split=_setting(split, suite.split),
-        options=_setting(options, suite.options),
-    )
-    questions = _all_questions(suite, limit, seed, tokenizer, model.cfg.max_length)
-    inputs = [question.input_ids for question in questions]
-    targets = [[[*tokenizer.encode(question.prompt.target), EOS]] for question in questions]
-    found = likelihoods(model, inputs, targets)
-    losses = [-of_target.log_prob / of_target.tokens for (of_target,) in found]
-    results = []
-    for task in suite.tasks:
-        of_task = [
-            loss for question, loss in zip(questions, losses, strict=True) if question.task is task
-        ]
-        if of_task:
-            values = np.asarray(of_task)
-            mean = float(values.mean())
-            results.append(TargetLoss(task.name, task.cluster, mean, len(values), values))
-    return results
-
-
-def _all_questions(
-    suite: Suite, limit: int | None, seed: int, tokenizer: Tokenizer, max_length: int
-) -> list[_Question]:
-    """The questions of all tasks of a suite."""
-    questions: list[_Question] = []
+    questions: list[Question] = []
     for task in ProgressBar(suite.tasks, desc="prompts", unit="task", leave=False):
         questions += _questions(task, suite, limit, seed, tokenizer, max_length)
     if not questions:
@@ -198,7 +143,7 @@ def _questions(
     seed: int,
     tokenizer: Tokenizer,
     max_length: int,
-) -> list[_Question]:
+) -> list[Question]:
     """The task's examples with their prompts; a fixed sample of them if they are limited."""
     examples = task.examples(suite.split)
     indices: Sequence[int] = range(len(examples))[: suite.first]
@@ -230,7 +175,7 @@ def _fitting_question(
     suite: Suite,
     tokenizer: Tokenizer,
     max_length: int,
-) -> _Question:
+) -> Question:
     """The example's prompt with as many of the exemplars, from the last, as the model can read."""
     for start in range(len(shots) + 1):
         prompt = format_prompt(
@@ -243,7 +188,7 @@ def _fitting_question(
         )
         input_ids = [*tokenizer.encode(prompt.input), EOS]
         if len(input_ids) <= max_length:
-            return _Question(task, example, prompt, input_ids)
+            return Question(task, example, prompt, input_ids)
     raise ValueError(
         f"{task.name} {example.id}: the question alone is {len(input_ids)} tokens, but the model "
         f"reads {max_length}: use cfg.replace(max_length={len(input_ids)}) or leave the task out"
@@ -251,7 +196,7 @@ def _fitting_question(
 
 
 def _answers(
-    questions: Sequence[_Question],
+    questions: Sequence[Question],
     suite: Suite,
     model: EncoderDecoder,
     tokenizer: Tokenizer,
@@ -275,13 +220,13 @@ def _answers(
     return answers
 
 
-def _is_ranked(question: _Question, suite: Suite) -> bool:
+def _is_ranked(question: Question, suite: Suite) -> bool:
     """Whether the answer is the most likely option; prompts of chains of thought list none."""
     return suite.ranked and bool(question.prompt.options)
 
 
 def _scores(
-    model_name: str, suite: Suite, questions: Sequence[_Question], answers: Sequence[str]
+    model_name: str, suite: Suite, questions: Sequence[Question], answers: Sequence[str]
 ) -> Scores:
     """The scores of all tasks that have questions."""
     rows = []
@@ -306,7 +251,7 @@ def _scores(
 
 
 def _task_score(
-    task: Task, questions: Sequence[_Question], answers: Sequence[str], suite: Suite
+    task: Task, questions: Sequence[Question], answers: Sequence[str], suite: Suite
 ) -> TaskScore:
     """The score of a task from the answers to its questions."""
     ranked = suite.ranked and all(question.example.options for question in questions)
@@ -332,14 +277,14 @@ def _task_score(
     return TaskScore.of(task.name, task.cluster, metric, values, chance, majority)
 
 
-def _chance(questions: Sequence[_Question]) -> float:
+def _chance(questions: Sequence[Question]) -> float:
     """Expected score of picking options at random; 0 for questions without options."""
     counts = [len(question.example.options) for question in questions]
     return float(np.mean([1 / count if count else 0.0 for count in counts]))
 
 
 def _majority(
-    questions: Sequence[_Question], measure: Callable[[str, Sequence[str]], float]
+    questions: Sequence[Question], measure: Callable[[str, Sequence[str]], float]
 ) -> float:
     """Score of always giving the most frequent answer."""
     examples = [question.example for question in questions]

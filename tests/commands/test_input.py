@@ -84,14 +84,23 @@ def test_flags_are_refused_before_long_work(argv, message, saved, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tune-steps", -1], "tune_steps is -1; use 1 or more"),
-        (["--limits", 0, 3], "limits is (0, 3); use 1 or more"),
-        (["--families"], "there are no families"),
-        (["--name", "../x"], "the study's name '../x' cannot be part of a file's name"),
+        (["--seeds", 0], "--seeds is 0; use 1 or more"),
+        (["--minutes", -1], "--minutes is -1.0; use 0 or more"),
+        (["--pack", "."], ". is a folder: name a file"),
+        (["--pack", "/proc/none/x.npz"], "cannot write /proc/none/x.npz"),
+        (["--packed", "none.npz"], "none.npz: no such file"),
+        (["--only", "t6"], "unknown model or setup 't6': did you mean 't5'"),
     ],
 )
-def test_a_study_is_refused_before_it_starts(flags, message, capsys):
-    assert message in one_line(capsys, "study", *flags)
+def test_a_study_is_refused_before_it_starts(flags, message, tmp_path, capsys):
+    design = tmp_path / "study.toml"
+    lines = ['title = "x"', "[held_out]", 'reporting = ["cloze"]', "[stages.pretrain]", "steps = 1"]
+    lines += ["[models.t5]", 'preset = "t5-nano"', "seeds = 1"]
+    lines += ["[[comparisons]]", 'sparse = "t5"', 'dense = "t5"']
+    design.write_text("\n".join(lines))
+    folders = ["--out", tmp_path / "out", "--workdir", tmp_path / "models"]
+    assert message in one_line(capsys, "study", design, *folders, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
 def evaluation(**changes: object) -> str:

@@ -156,27 +156,3 @@ def test_a_split_without_examples_is_skipped(model, prompted):
 def test_a_callback_logs_the_mean(model, prompted):
     callback = mk.evaluation_callback([task()], "held out", limit=6)
     assert callback(3, model) == {"held out": mk.evaluate(model, [task()], limit=6).mean.score}
-
-
-def test_target_losses_are_those_of_the_right_answers(model):
-    """The option that `evaluate` chooses is the one that would have the lowest loss as answer."""
-
-    def with_answer(number):
-        def load(split):
-            examples = task(n=4).load(split)
-            answer = f"word{number}"
-            return [dataclasses.replace(example, answer=answer) for example in examples]
-
-        return Task("pick", "cluster", load, TEMPLATES)
-
-    settings = {"split": "valid", "shots": 0}
-    of_options = []
-    for number in range(3):
-        (found,) = mk.target_losses(model, [with_answer(number)], **settings)
-        assert found.n == len(found.values) == 4
-        assert found.loss == pytest.approx(found.values.mean()) and (found.values > 0).all()
-        of_options.append(found.values)
-    best = np.argmin(of_options, axis=0)
-    for number in range(3):
-        (scores,) = mk.evaluate(model, [with_answer(number)], **settings).rows
-        np.testing.assert_array_equal(scores.values, best == number)

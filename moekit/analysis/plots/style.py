@@ -16,6 +16,9 @@ matplotlib.rcParams["svg.hashsalt"] = "moekit"
 LINES = (("black", "-"), ("0.45", "--"), ("0.2", ":"), ("0.6", "-."), ("0.3", (0, (5, 1))))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++")
 GREYS = ("0.25", "0.85", "0.55", "0.95", "0.7", "0.4")
+# Okabe and Ito's palette for colour-blind readers, in an order that also differs in grey
+COLORS = ("#000000", "#D55E00", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#CC79A7")
+LINE_STYLES = ("-", "--", "-.", ":")
 GROUP_WIDTH = 0.8  # of the bars at one place of an axis
 
 
