@@ -13,6 +13,7 @@ from numpy import ndarray
 
 from moekit.evaluation.scores import RESAMPLES
 
+FEWEST_SEEDS = 5  # a bootstrap over fewer gives intervals that are too narrow
 NORMAL_95 = 1.959964  # standard errors on each side of a 95 % interval
 NORMAL_POWER_80 = 0.841621  # standard errors that an effect is beyond it in 80 % of all studies
 
@@ -37,7 +38,12 @@ class Effect:
 
     @property
     def holds(self) -> str:
-        """Whether the effect is positive: "yes", "no" (it is negative) or "unclear"."""
+        """Whether the effect is positive: "yes", "no" (it is negative) or "unclear".
+
+        An interval over fewer than five seeds is too narrow to answer with.
+        """
+        if len(self.per_seed) < FEWEST_SEEDS:
+            return "unclear"
         if self.low > 0:
             return "yes"
         return "no" if self.high < 0 else "unclear"

@@ -18,10 +18,10 @@ TIMEOUT = 900  # seconds a cell may take
 AT_ONCE = 2  # notebooks: much of their time goes into tracing and compiling, on one core each
 # notebooks that start from what others trained
 CONTINUES = {"05": ("03",), "08": ("03", "05")}
-# the kernel's own shutdown may warn
+# except those of the kernel itself: Colab's is old for its Python
 WARNINGS_ARE_ERRORS = """import warnings
 warnings.simplefilter('error')
-warnings.filterwarnings('ignore', module='ipykernel')"""
+warnings.filterwarnings('ignore', module='(ipykernel|jupyter_client|tornado|traitlets|zmq)')"""
 
 
 def tour(

@@ -46,6 +46,9 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     noise = 0.1 * normal(9, 3)
     assert [effect(noise + shift).holds for shift in (1, -1)] == ["yes", "no"]
     assert effect(noise - noise.mean()).holds == "unclear"
+    # few seeds answer nothing, however clear they look
+    assert effect(noise[:4] + 1).low > 0
+    assert [effect(noise[:count] + 1).holds for count in (4, 5)] == ["unclear", "yes"]
 
 
 def test_weights_scale_to_one_and_select_tasks():
