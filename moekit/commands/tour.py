@@ -18,10 +18,12 @@ TIMEOUT = 900  # seconds a cell may take
 AT_ONCE = 2  # notebooks: much of their time goes into tracing and compiling, on one core each
 # notebooks that start from what others trained
 CONTINUES = {"05": ("03",), "08": ("03", "05")}
-# except those of the kernel itself: Colab's is old for its Python
+# except what libraries say of each other: on Colab, the kernel is old for its Python, and matplotlib
+# for its pyparsing
 WARNINGS_ARE_ERRORS = """import warnings
 warnings.simplefilter('error')
-warnings.filterwarnings('ignore', module='(ipykernel|jupyter_client|tornado|traitlets|zmq)')"""
+warnings.filterwarnings('ignore', module='(ipykernel|jupyter_client|tornado|traitlets|zmq)')
+warnings.filterwarnings('ignore', category=DeprecationWarning, module='(matplotlib|pyparsing)')"""
 
 
 def tour(

@@ -248,7 +248,7 @@ def findings_table(found: Sequence[Finding]) -> Table:
         number = "{:+." + str(digits) + "f}"
         rows.append(
             (
-                f"{each.sparse} - {each.dense}",
+                f"{each.sparse} vs {each.dense}",
                 each.question,
                 f"{number.format(result.mean)} {each.unit}",
                 f"{number.format(result.low)} to {number.format(result.high)}",

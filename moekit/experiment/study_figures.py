@@ -15,6 +15,7 @@ from moekit.experiment.design import PRETRAINED
 from moekit.experiment.findings import LOSS, UNITS, Finding, Outcomes, findings
 
 FONT_SIZE = 11
+PER = {"nats": "nats a token", "points": "points"}
 
 
 def draw_findings(cells: CellFolder, pilot: CellFolder | None, folder: Path) -> list[Path]:
@@ -39,41 +40,56 @@ def draw_findings(cells: CellFolder, pilot: CellFolder | None, folder: Path) -> 
 
 
 def plot_findings(found: Sequence[Finding]) -> Figure:
-    """The effects of one unit: a dot for each seed, the mean, and its 95 % interval.
+    """The effects of one unit, a panel for each question: each seed, the mean, its 95 % interval.
 
     An effect is positive where the paper's finding holds.
     """
-    unit = found[0].unit
-    size = (9, 1.4 + 0.62 * len(found))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    by_question: dict[str, list[Finding]] = {}
+    for finding in found:
+        by_question.setdefault(finding.question, []).append(finding)
+    most = max(len(of_question) for of_question in by_question.values())
+    height = 1.1 + 0.5 * most
+    figure, all_axes = panels(len(by_question), width=6.0, height=height, columns=2)
+    furthest = max(abs(effect) for finding in found for effect in finding.effect.per_seed)
+    for axes, (question, of_question) in zip(all_axes, by_question.items(), strict=True):
+        _draw_effects(axes, of_question)
+        axes.set_title(question, fontsize=FONT_SIZE)
+        axes.set_xlim(-1.1 * furthest, 1.1 * furthest)
+    figure.supxlabel(f"effect ({PER[found[0].unit]})", fontsize=FONT_SIZE)
+    figure.suptitle(_answers(found))
+    return figure
+
+
+def _draw_effects(axes: Axes, found: Sequence[Finding]) -> None:
+    """A panel: pairs of models from top to bottom."""
     for row, finding in enumerate(found):
         result = finding.effect
-        heights = np.full(len(result.per_seed), row + 0.2)
-        axes.plot(result.per_seed, heights, "o", color=COLORS[1], markersize=4, alpha=0.55)
+        heights = np.full(len(result.per_seed), row + 0.22)
+        axes.plot(result.per_seed, heights, "o", color=COLORS[1], markersize=4, alpha=0.5)
         axes.plot([result.low, result.high], [row, row], color="black", linewidth=2)
         axes.plot(result.mean, row, "D", color="black", markersize=6)
         axes.annotate(
             result.holds,
-            (1.01, row),
+            (1.02, row),
             xycoords=("axes fraction", "data"),
             verticalalignment="center",
             weight="bold",
         )
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
-    labels = [f"{finding.sparse} - {finding.dense}\n{finding.question}" for finding in found]
-    axes.set_yticks(range(len(found)), labels, fontsize=FONT_SIZE - 2)
-    axes.invert_yaxis()
-    per = "nats a token" if unit == UNITS[LOSS] else "points"
-    axes.set_xlabel(f"effect ({per}); dots are seeds, bars 95 % intervals over seeds and tasks")
-    figure.suptitle(_answers(found))
-    return figure
+    axes.set_yticks(range(len(found)), [f"{each.sparse} vs {each.dense}" for each in found])
+    axes.set_ylim(len(found) - 0.4, -0.6)
 
 
 def _answers(found: Sequence[Finding]) -> str:
-    """The title: how many questions have which answer."""
-    answers = [finding.effect.holds for finding in found]
-    counts = [f"{answers.count(each)} {each}" for each in ("yes", "no", "unclear")]
-    return f"{len(found)} questions: {', '.join(counts)}"
+    """The title: the answers for the first pair of models, which is the study's main one."""
+    main = [
+        each for each in found if (each.sparse, each.dense) == (found[0].sparse, found[0].dense)
+    ]
+    answers = [finding.effect.holds for finding in main]
+    counts = ", ".join(f"{answers.count(each)} {each}" for each in ("yes", "no", "unclear"))
+    seeds = len(main[0].effect.per_seed)
+    explained = "dots are seeds, bars 95 % intervals over seeds and tasks"
+    return f"{sparse} against {dense}, {seeds} seeds: {counts}\n{explained}"
 
 
 def plot_pretraining(outcomes: Outcomes, models: Sequence[str]) -> Figure:
@@ -125,4 +141,4 @@ def _draw_losses(axes: Axes, outcomes: Outcomes, models: Sequence[str], shots: i
     axes.set_xticks(range(len(setups)), setups)
     axes.set_ylabel("nats a token")
     axes.set_title("zero-shot" if shots == 0 else f"{shots}-shot", fontsize=FONT_SIZE)
-    axes.legend(fontsize=FONT_SIZE - 2)
+    axes.legend(fontsize=FONT_SIZE - 2, loc="upper left", bbox_to_anchor=(1, 1))
