@@ -82,9 +82,8 @@ def _draw_effects(axes: Axes, found: Sequence[Finding]) -> None:
 
 def _answers(found: Sequence[Finding]) -> str:
     """The title: the answers for the first pair of models, which is the study's main one."""
-    main = [
-        each for each in found if (each.sparse, each.dense) == (found[0].sparse, found[0].dense)
-    ]
+    sparse, dense = found[0].sparse, found[0].dense
+    main = [each for each in found if (each.sparse, each.dense) == (sparse, dense)]
     answers = [finding.effect.holds for finding in main]
     counts = ", ".join(f"{answers.count(each)} {each}" for each in ("yes", "no", "unclear"))
     seeds = len(main[0].effect.per_seed)
