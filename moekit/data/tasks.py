@@ -80,8 +80,12 @@ class Example:
     @property
     def question(self) -> str:
         """All fields without case and whitespace: equal for examples that ask the same."""
-        text = "\x1f".join(self.fields[name] for name in sorted(self.fields))
-        return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+        return _plain("\x1f".join(self.fields[name] for name in sorted(self.fields)))
+
+
+def _plain(text: str) -> str:
+    """A text without case and whitespace, in Unicode's compatibility form."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def same_question(first: Example, second: Example) -> bool:
@@ -90,11 +94,24 @@ def same_question(first: Example, second: Example) -> bool:
     With options, the same words ("Which of these is true?") can ask for different things: then the
     options or the answers are equal as well.
     """
-    if first.question != second.question:
+    if _begin_differently(first, second) or first.question != second.question:
         return False
     if not first.options or not second.options:
         return True
     return first.answer == second.answer or set(first.options) == set(second.options)
+
+
+def _begin_differently(first: Example, second: Example) -> bool:
+    """Whether a field of two examples differs within its first characters.
+
+    Most pairs do, and this is much faster than to compare long questions. The end of an excerpt may
+    change when what follows is normalized with it, so only the first part of a long one counts.
+    """
+    for name, text in first.fields.items():
+        excerpt, other = _plain(text[:80]), _plain(second.fields.get(name, "")[:80])
+        if min(len(excerpt), len(other)) >= 40 and excerpt[:20] != other[:20]:
+            return True
+    return False
 
 
 @dataclass(frozen=True)

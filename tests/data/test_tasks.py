@@ -212,3 +212,26 @@ def test_the_same_words_with_other_options_are_another_question():
     assert same_question(asked, example("1", "a", "a", "c"))
     assert same_question(asked, example("1", "z"))
     assert not same_question(asked, example("1", "c", "c", "d"))
+
+
+LONG = "Read the following passage about the river and answer. "
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (LONG + "Who?", LONG + "Who?", True),
+        (LONG + "Who?", LONG + "Where?", False),
+        (LONG + "Who?", LONG.upper().replace(" ", "  ") + "who ?", True),
+        (" " * 300 + LONG, LONG, True),
+        ("x" + LONG, LONG, False),
+        ("ﬁ" * 60, "fi" * 60, True),  # a ligature is two letters
+        ("e\u0301" * 60, "\u00e9" * 60, True),  # an accent by itself, and with its letter
+        ("e\u0301" * 60, "\u00e9" * 61, False),
+    ],
+)
+def test_long_questions_are_compared_whatever_their_writing(first, second, same):
+    one = Example("0", {"definition": LONG, "input": first}, "a")
+    other = Example("1", {"definition": LONG, "input": second}, "b")
+    assert same_question(one, other) == same_question(other, one) == same
+    assert (one.question == other.question) == same
