@@ -29,6 +29,10 @@ from .analysis.specialization import (
     task_specialization as task_specialization,
     token_specialization as token_specialization,
 )
+from .analysis.token_view import (
+    TokenView as TokenView,
+    plot_tokens as plot_tokens,
+)
 from .analysis.trace import (
     RouterTrace as RouterTrace,
     text_prompts as text_prompts,

@@ -4,15 +4,13 @@ A study is a table of cells: a model x a setup x a seed. `pretrained` is the set
 one starts from. The file is written, and committed, before the cells are run.
 """
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moekit.config import ModelConfig
+from moekit.config import ModelConfig, digest
 from moekit.data.paths import require_file, require_file_name
 from moekit.errors import unknown
 from moekit.presets import preset
@@ -145,27 +143,35 @@ class Design:
         return found
 
     def digest(self, model: str, setup: str) -> str:
-        """Twelve hexadecimal digits of all that the numbers of a cell depend on."""
-        held_out = {
-            "clusters": sorted(self.held_out.clusters),
-            "questions": self.held_out.questions,
-            "shots": self.held_out.shots,
-        }
+        """Twelve hexadecimal digits of all that the numbers of a cell depend on.
+
+        Settings at their default are left out, so that new settings do not change it.
+        """
         chain = []
         for each in self.chain(setup):
-            trained = {"stage": each.stage, "training": each.training.to_dict()}
+            trained = {"stage": each.stage, "training": _described(each.training)}
             trained |= {"tasks": each.tasks, "mixture_tasks": each.mixture_tasks}
             trained |= {"shuffled": each.shuffled_targets, "model": dict(each.model)}
             chain.append(trained)
         described = {
             "data": [self.source, self.vocab_size],
-            "held_out": held_out,
-            "model": self.models[model].config.to_dict() | {"name": ""},
-            "pretrain": self.pretrain.to_dict(),
+            "held_out": asdict(self.held_out),
+            "model": _described(self.models[model].config.replace(name="")),
+            "pretrain": _described(self.pretrain),
             "chain": chain,
         }
-        text = json.dumps(described, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(described)
+
+
+def _described(config: TrainConfig | ModelConfig) -> dict[str, Any]:
+    """The settings that have no default, and those that are not at it."""
+    required = {}
+    for each in fields(config):
+        if each.default is MISSING and each.default_factory is MISSING:
+            required[each.name] = getattr(config, each.name)
+    defaults = type(config)(**required).to_dict()
+    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    return required | changed
 
 
 def read_design(path: str | Path) -> Design:

@@ -5,6 +5,7 @@ that are trained side by side.
 """
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -74,8 +75,9 @@ class StudyRunner:
           only: names of models and setups; by default all.
 
         Raises:
-          ValueError: an unknown name, or a file of a cell that belongs to another design.
+          ValueError: an unknown name, or a file of a cell of another design or of other data.
         """
+        self._check_data()
         groups = self.cells.missing(seeds=seeds, only=only)
         written: list[Path] = []
         progress = ProgressBar(total=len(groups), desc=f"study {self.design.title}", unit="group")
@@ -113,6 +115,19 @@ class StudyRunner:
             record = described | {"held_out": held_out}
             written.append(self.cells.write(cell, record, final=True))
         return written
+
+    def _check_data(self) -> None:
+        """Check that the finished cells were run on the same data."""
+        own = self.data.digest()
+        for cell in self.cells.finished():
+            recorded = self.cells.read(cell)["data"]
+            different = [name for name in own if recorded.get(name) != own[name]]
+            if different:
+                raise ValueError(
+                    f"{self.cells.path / cell.file_name} was recorded with another "
+                    f"{' and '.join(different)}: use the same data, or another folder for the "
+                    "results. The embedded data are those of the installed versions of packages"
+                )
 
     def _run_group(self, model: StudyModel, setup: str, seeds: list[int]) -> list[Path]:
         """Train and measure the cells of some seeds; returns their files."""
@@ -153,7 +168,7 @@ class StudyRunner:
             eval_source=validation,
         )
         for seed, run in zip(seeds, runs, strict=True):
-            save(self._weights(model.name, setup, seed), run.model)
+            keep(run.model, self._weights(model.name, setup, seed))
         return runs
 
     def _starting_models(
@@ -214,6 +229,15 @@ class StudyRunner:
             "data": self.data.digest(),
             "environment": environment(),
         }
+
+
+def keep(model: EncoderDecoder, folder: Path) -> None:
+    """Save a model in a folder, which appears when all of it is written."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    for former in (partial, folder):
+        shutil.rmtree(former, ignore_errors=True)
+    save(partial, model)
+    partial.rename(folder)
 
 
 def measure(model: EncoderDecoder, questions: Sequence[StudyQuestion]) -> dict[str, dict[str, Any]]:

@@ -75,6 +75,7 @@ class StudyData:
             workdir.mkdir(parents=True, exist_ok=True)
             train_sentencepiece(self._texts(), self.tokenizer_path, design.vocab_size)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
+        self._questions: dict[tuple[str, int], list[StudyQuestion]] = {}
 
     def source(self, setup: str, task: str = "") -> Any:
         """What a setup trains on.
@@ -98,6 +99,12 @@ class StudyData:
     def questions(self, name: str, shots: int) -> list[StudyQuestion]:
         """The questions of a set of held-out tasks ("choosing", "reporting", "final"), or of a
         task."""
+        key = (name, shots)
+        if key not in self._questions:
+            self._questions[key] = self._read_questions(name, shots)
+        return self._questions[key]
+
+    def _read_questions(self, name: str, shots: int) -> list[StudyQuestion]:
         if name in SETS:
             tasks = self.held_out_tasks(name)
         elif name in self.pool:

@@ -42,6 +42,8 @@ def test_a_design_holds_what_the_file_says(design_file):
         ("[stages.pretrain]\nsteps = 2", "[stages.pretrain]\nsteps = 3", "all"),
         ("questions = 4", "questions = 5", "all"),
         ("vocab_size = 640", "vocab_size = 768", "all"),
+        ('choosing = ["text selection"]', "choosing = []", "all"),
+        ('final = ["cloze"]', 'final = ["cloze", "state tracking"]', "all"),
         ('preset = "switch-nano"', 'preset = "gshard-nano"', "all"),
     ],
 )

@@ -102,6 +102,12 @@ def test_a_study_is_run_in_parts_and_says_what_it_found(design_file, tmp_path):
     pretrained = runner.cells.read(Cell("sparse", "pretrained", 0))
     assert list(pretrained["held_out"]) == ["choosing", "reporting"]
     assert all("valid_loss" in row or "loss" in row for row in pretrained["training"])
+    # cells of other data do not mix with these
+    path = out / "small/sparse--direct--1.json"
+    path.write_text(json.dumps(record | {"data": record["data"] | {"mixture": "0"}}))
+    with pytest.raises(ValueError, match=r"sparse--direct--1\.json was recorded with another mixt"):
+        mk.study(design_file, **settings)
+    path.write_text(json.dumps(record))
     # nothing is run twice
     assert not mk.study(design_file, only=["dense", "tuned"], seeds=1, **settings).written
 
