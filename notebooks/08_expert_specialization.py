@@ -76,6 +76,13 @@ mk.show(mk.plot_domain_distance(before), "08-domain-distance")
 mk.show(mk.plot_token_specialization(before, setup.tokenizer), "08-tokens")
 
 # %% [markdown]
+# The same in running text, before and after tuning: a colour is an expert, a paler one a smaller
+# weight. Dropped tokens are struck out. Move the mouse over a token to see its experts.
+
+# %%
+mk.plot_tokens({"pretrained": before, "tuned": after}, setup.tokenizer, examples=2)
+
+# %% [markdown]
 # ## Tasks
 # Instruction prompts by cluster after tuning: darker than chance (1.0) means an expert that is used
 # more for this kind of task.

@@ -64,6 +64,7 @@ def test_every_flag_of_every_verb_has_a_help_text(verb, capsys, monkeypatch):
     for flag in inspect.signature(dict(functions())[verb]).parameters:
         name = flag.replace("_", "-")
         positional = (
+            "file",
             "folder",
             "sources",
             "source",

@@ -83,6 +83,10 @@ class TokenView:
     lines: tuple[TokenLine, ...]
     num_experts: int
 
+    def __repr__(self) -> str:
+        titles = "; ".join(line.title for line in self.lines)
+        return f"TokenView({titles})"
+
     def _repr_html_(self) -> str:
         blocks = [self._legend()]
         for line in self.lines:
