@@ -4,6 +4,7 @@ A study is a table of cells: a model x a setup x a seed. `pretrained` is the set
 one starts from. The file is written, and committed, before the cells are run.
 """
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -108,6 +109,8 @@ class Design:
       comparisons: pairs of models; the first is the study's main one.
       side_by_side: seeds that are trained in one program, which is faster on accelerators.
       first_seed: of all models; a pilot's seeds are others than those of its study.
+      smallest_effect: the smallest effect of interest, in nats; findings say how many seeds would
+        show it. None: they do not.
       pilot: title of the study that weights the tasks; its file lies beside this one.
     """
 
@@ -121,6 +124,7 @@ class Design:
     comparisons: tuple[Comparison, ...]
     side_by_side: int = 1
     first_seed: int = 0
+    smallest_effect: float | None = None
     pilot: str = ""
 
     def seeds(self, model: str) -> range:
@@ -192,6 +196,7 @@ def read_design(path: str | Path) -> Design:
 
 def _design(values: dict[str, Any]) -> Design:
     entries = ("title", "source", "vocab_size", "side_by_side", "first_seed", "pilot")
+    entries += ("smallest_effect",)
     tables = ("batch", "held_out", "stages", "setups", "models", "comparisons")
     _check_entries("the file", values, entries + tables)
     _require("the file", values, ("title", "held_out", "stages", "models", "comparisons"))
@@ -215,6 +220,7 @@ def _design(values: dict[str, Any]) -> Design:
         comparisons=tuple(_comparison(entry, models) for entry in values["comparisons"]),
         side_by_side=_count("side_by_side", values.get("side_by_side", 1)),
         first_seed=_count("first_seed", values.get("first_seed", 0), minimum=0),
+        smallest_effect=_positive("smallest_effect", values.get("smallest_effect")),
         pilot=values.get("pilot", ""),
     )
     if not design.comparisons:
@@ -390,6 +396,15 @@ def _count(where: str, value: Any, minimum: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{where} is {value!r}: use a whole number of {minimum} or more")
     return value
+
+
+def _positive(where: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{where} is {value!r}: use a number above 0")
+    return float(value)
 
 
 def _texts(where: str, values: Any) -> tuple[str, ...]:

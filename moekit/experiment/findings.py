@@ -5,7 +5,7 @@ is positive where the paper's finding holds. S seeds, T tasks, N validations.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from moekit.analysis.effects import (
     difference_of_gains,
     effect,
     precision_weights,
+    seeds_needed,
 )
 from moekit.experiment.cells import FINAL, Cell, CellFolder
 from moekit.experiment.design import (
@@ -41,6 +42,7 @@ class Finding:
       question: what is asked; a positive effect answers it with yes.
       unit: of the effect: nats (a token) or points.
       tasks: number of tasks that the effect is a mean over.
+      seeds_needed: paired seeds that would show the design's smallest effect of interest.
     """
 
     question: str
@@ -49,6 +51,7 @@ class Finding:
     unit: str
     tasks: int
     effect: Effect
+    seeds_needed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -155,7 +158,10 @@ def findings(cells: CellFolder, pilot: CellFolder | None = None) -> list[Finding
         found += _premise(outcomes, pair)
         found += _finetuning(outcomes, pair)
         found += _tuning(outcomes, pair, weights)
-    return found
+    smallest = cells.design.smallest_effect
+    if smallest is None:
+        return found
+    return [_with_seeds_needed(each, smallest) for each in found]
 
 
 def final_findings(cells: CellFolder) -> list[Finding]:
@@ -228,6 +234,13 @@ def _finding(question: str, pair: Comparison, outcome: str, result: Effect, task
     return Finding(question, pair.sparse, pair.dense, UNITS[outcome], tasks, result)
 
 
+def _with_seeds_needed(found: Finding, smallest: float) -> Finding:
+    """A finding in nats with the number of seeds for the smallest effect of interest."""
+    if found.unit != UNITS[LOSS] or not found.effect.sd > 0:
+        return found
+    return replace(found, seeds_needed=seeds_needed(found.effect.sd, smallest))
+
+
 def _pilot_weights(pilot: CellFolder) -> list[float]:
     """The precision of each reporting task's difference of gains in a pilot."""
     outcomes = Outcomes(pilot)
@@ -240,7 +253,7 @@ def _pilot_weights(pilot: CellFolder) -> list[float]:
 
 
 def findings_table(found: Sequence[Finding]) -> Table:
-    """One row for each finding."""
+    """One row for each finding; `needed` are the seeds for the smallest effect of interest."""
     rows = []
     for each in found:
         result = each.effect
@@ -254,8 +267,9 @@ def findings_table(found: Sequence[Finding]) -> Table:
                 f"{number.format(result.low)} to {number.format(result.high)}",
                 f"{result.sd:.{digits}f}",
                 str(len(result.per_seed)),
+                "" if each.seeds_needed is None else str(each.seeds_needed),
                 result.holds,
             )
         )
-    headings = ("models", "question", "effect", "95 % interval", "sd", "seeds", "answer")
+    headings = ("models", "question", "effect", "95 % interval", "sd", "seeds", "needed", "answer")
     return Table(headings, rows, num_left=2)

@@ -6,6 +6,8 @@ import pytest
 
 from moekit.experiment.design import PRETRAINED, read_design
 
+STUDIES = Path(__file__).parents[2] / "assets/studies"
+
 
 def change(path: Path, old: str, new: str) -> None:
     text = path.read_text()
@@ -65,6 +67,7 @@ def test_the_digest_of_a_cell_changes_with_what_its_numbers_depend_on(
         ('title = "small"', "", "the file has no title"),
         ('title = "small"', 'title = "../x"', "the study's title '../x'"),
         ('title = "small"', 'title = "x"\nsource = "hub"', "unknown source 'hub'"),
+        ("vocab_size = 640", "smallest_effect = 0", "smallest_effect is 0: use a number above 0"),
         ("vocab_size = 640", "vocabsize = 640", "did you mean 'vocab_size'"),
         ("vocab_size = 640", 'vocab_size = "640"', "vocab_size is '640'"),
         ("[stages.pretrain]\nsteps = 2", "", "stages has no pretrain"),
@@ -100,3 +103,26 @@ def test_a_mistake_is_named_with_the_file(old, new, message, design_file):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_design(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_designs_of_the_kit_can_be_run(path):
+    design = read_design(path)
+    assert design.title == path.stem
+    for pair in design.comparisons:
+        sparse, dense = (design.models[name].config for name in (pair.sparse, pair.dense))
+        assert sparse.num_experts and not dense.num_experts
+        if "total" in pair.dense:
+            totals = [config.num_parameters().total for config in (sparse, dense)]
+            assert totals[0] == pytest.approx(totals[1], rel=0.1)
+        else:
+            assert sparse.flops_per_token() == dense.flops_per_token()
+
+
+def test_a_pilot_has_the_settings_of_its_study_and_other_seeds():
+    study, pilot = (read_design(STUDIES / f"{name}.toml") for name in ("nano", "nano-pilot"))
+    assert pilot.comparisons[0] == study.comparisons[0]
+    for model in ("t5", "st"):
+        assert not set(pilot.seeds(model)).intersection(study.seeds(model))
+        for setup in (PRETRAINED, "tuned"):
+            assert pilot.digest(model, setup) == study.digest(model, setup)

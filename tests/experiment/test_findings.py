@@ -97,6 +97,19 @@ def test_findings_are_the_means_over_the_files(cells):
     assert final_findings(cells) == []
 
 
+def test_the_seeds_for_the_smallest_effect_follow_from_the_spread(cells, design_file):
+    text = design_file.read_text()
+    design_file.write_text(text.replace("vocab_size", "smallest_effect = 0.1\nvocab_size", 1))
+    design = CellFolder(read_design(design_file), cells.path.parent)
+    for found in findings(design):
+        if found.unit == "points":
+            assert found.seeds_needed is None
+            continue
+        # (1.96 + 0.84)^2 sd^2 / effect^2 paired seeds
+        assert found.seeds_needed == pytest.approx(7.85 * (found.effect.sd / 0.1) ** 2, abs=1)
+    assert all(found.seeds_needed is None for found in findings(cells))
+
+
 def test_only_seeds_that_both_models_have_are_compared(cells):
     (cells.path / "sparse--tuned--1.json").unlink()
     tuning = [each for each in findings(cells) if "instruction tuning" in each.question]
