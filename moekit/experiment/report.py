@@ -162,12 +162,12 @@ def pack(
 
 
 def draw_studies(designs: Path, results: Path, out: Path) -> list[Path]:
-    """Draw the figures of every study that has a design file and recorded cells."""
+    """Draw the figures of every study that has a design file and recorded findings."""
     paths: list[Path] = []
     for path in sorted(designs.glob("*.toml")):
         design = read_design(path)
         cells = CellFolder(design, results)
-        if cells.finished():
+        if findings(cells):
             paths += draw_findings(cells, pilot_cells(design, path), out)
     return paths
 

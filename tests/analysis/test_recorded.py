@@ -11,6 +11,7 @@ import pytest
 
 from moekit.analysis import plots
 from moekit.analysis.recorded import PRETRAINED_MODELS, figures, seed_losses
+from moekit.experiment.report import draw_studies
 
 RECORD = Path(__file__).parents[2] / "assets/results/mirror-mini-seed0.json"
 
@@ -26,8 +27,9 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "save_figure", save)
 
 
-def test_the_recorded_study_is_drawn(undrawn, tmp_path):
+def test_what_is_recorded_is_drawn(undrawn, tmp_path):
     paths = figures(RECORD.parent, tmp_path)
+    paths += draw_studies(RECORD.parents[1] / "studies", RECORD.parent, tmp_path)
     committed = {path.name for path in (RECORD.parents[1] / "figures").glob("*.png")}
     assert {path.name for path in paths} == committed
 
