@@ -77,15 +77,23 @@ class CellFolder:
     def _file(self, cell: Cell, final: bool) -> Path:
         return (self.path / FINAL if final else self.path) / cell.file_name
 
-    def finished(self) -> list[Cell]:
-        """The cells of the design that have been run."""
-        found = []
+    def records(self, *, final: bool = False) -> dict[Cell, dict[str, Any]]:
+        """The records of the cells of the design that have been run, each file read once.
+
+        Args:
+          final: the records of the final held-out tasks.
+
+        Raises:
+          ValueError: a file is damaged, or of another design.
+        """
+        found = {}
         for name, model in self.design.models.items():
             for setup in (PRETRAINED, *model.setups):
                 for seed in self.design.seeds(name):
                     cell = Cell(name, setup, seed)
-                    if self.read(cell):
-                        found.append(cell)
+                    record = self.read(cell, final=final)
+                    if record:
+                        found[cell] = record
         return found
 
     def missing(

@@ -68,11 +68,7 @@ class Outcomes:
     def __init__(self, cells: CellFolder, held_out: str = REPORTING):
         self.cells = cells
         self.name = held_out
-        self.records: dict[Cell, dict[str, Any]] = {}
-        for cell in cells.finished():
-            record = cells.read(cell, final=held_out == FINAL)
-            if record:
-                self.records[cell] = record
+        self.records = cells.records(final=held_out == FINAL)
 
     @property
     def shots(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.experiment.cells import Cell, CellFolder
+from moekit.experiment.cells import CellFolder
 from moekit.experiment.design import Design, read_design
 from moekit.experiment.findings import Finding, final_findings, findings, findings_table
 from moekit.experiment.runner import StudyRunner
@@ -183,11 +183,10 @@ def pilot_cells(design: Design, path: Path) -> CellFolder | None:
 def _reruns(cells: CellFolder, recorded: CellFolder) -> list[Rerun]:
     """The cells of a folder for whose model and setup two seeds or more are published."""
     published: dict[tuple[str, str], list[float]] = {}
-    for cell in recorded.finished():
-        loss = _mean_loss(recorded, cell)
-        published.setdefault((cell.model, cell.setup), []).append(loss)
+    for cell, record in recorded.records().items():
+        published.setdefault((cell.model, cell.setup), []).append(_mean_loss(record))
     found = []
-    for cell in cells.finished():
+    for cell, record in cells.records().items():
         losses = published.get((cell.model, cell.setup), [])
         if len(losses) < 2:
             continue
@@ -199,7 +198,7 @@ def _reruns(cells: CellFolder, recorded: CellFolder) -> list[Rerun]:
                 cell.model,
                 cell.setup,
                 cell.seed,
-                loss=_mean_loss(cells, cell),
+                loss=_mean_loss(record),
                 low=float(mean - width),
                 high=float(mean + width),
                 seeds=len(losses),
@@ -208,9 +207,8 @@ def _reruns(cells: CellFolder, recorded: CellFolder) -> list[Rerun]:
     return found
 
 
-def _mean_loss(cells: CellFolder, cell: Cell) -> float:
+def _mean_loss(record: dict[str, Any]) -> float:
     """The mean loss over the tasks that a cell was measured on (zero-shot, reporting tasks)."""
-    record = cells.read(cell)
     if "tasks" in record:
         outcomes = record["tasks"]
     else:

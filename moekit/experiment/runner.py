@@ -100,7 +100,7 @@ class StudyRunner:
           FileNotFoundError: a model is not in the workdir.
         """
         written = []
-        for cell in self.cells.finished():
+        for cell in self.cells.records():
             tuned = cell.setup == PRETRAINED or self.design.setups[cell.setup].stage == "tune"
             if not tuned or self.cells.read(cell, final=True):
                 continue
@@ -119,9 +119,8 @@ class StudyRunner:
     def _check_data(self) -> None:
         """Check that the finished cells were run on the same data."""
         own = self.data.digest()
-        for cell in self.cells.finished():
-            recorded = self.cells.read(cell)["data"]
-            different = [name for name in own if recorded.get(name) != own[name]]
+        for cell, record in self.cells.records().items():
+            different = [name for name in own if record["data"].get(name) != own[name]]
             if different:
                 raise ValueError(
                     f"{self.cells.path / cell.file_name} was recorded with another "
